@@ -1,0 +1,826 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2.0", "gymnasium>=1.2", "tyro>=0.9", "tensorboard>=2.18", "pillow>=10.1", "tqdm>=4.66"]
+# ///
+"""Dyna-Q+: Dyna-Q that keeps asking whether the world is still as its model says.
+
+Dyna-Q plans with what its model predicts, and never finds out that a wall has moved where it no longer goes. Dyna-Q+
+adds a bonus to the reward that planning sees, the larger the longer a state-action pair has not been tried in reality;
+planning carries it back to the states from which the pair can be reached, and so plans whole journeys of exploration.
+
+The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3) is that of dyna_q.py, but for (f):
+
+    Loop forever:
+      (a) S <- current (nonterminal) state
+      (b) A <- epsilon-greedy(S, Q), ties broken at random
+      (c) Take action A; observe resultant reward R and state S'
+      (d) Q(S, A) <- Q(S, A) + alpha [R + gamma max_a Q(S', a) - Q(S, A)]
+      (e) Model(S, A) <- R, S';  tau(S, A) <- 0;  tau <- tau + 1 for all other pairs
+      (f) Loop n times:
+            S <- random previously observed state, A <- random action, tried in S or not
+            R, S' <- Model(S, A), where an untried A leads back to S with reward 0
+            Q(S, A) <- Q(S, A) + alpha [R + kappa sqrt(tau(S, A)) + gamma max_a Q(S', a) - Q(S, A)]
+
+That untried actions take part in planning is a footnote of the book on which everything depends: without it the bonus
+draws the agent only to what it already knows. The clock of tau runs through all episodes. `--bonus-on action` is
+Exercise 8.4: the bonus is used to choose actions, argmax_a Q(S, a) + kappa sqrt(tau(S, a)), and not in planning.
+
+Run:     python dyna_q_plus.py
+         python dyna_q_plus.py --env-id ShortcutMaze-v0
+         python dyna_q_plus.py --help
+Expect:  @EXPECT@
+"""
+
+import ast
+import dataclasses
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from gymnasium.envs.toy_text import CliffWalkingEnv, FrozenLakeEnv
+from PIL import Image, ImageDraw
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+
+class Failure(Exception):
+    """Something the user can mend. `main` prints it as one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Args
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:
+    """Tabular Dyna-Q+ (Sutton & Barto, section 8.3)."""
+
+    env_id: str = "BlockingMaze-v0"
+    """Gymnasium id, `module:Name-v0` for another package's. Built in: DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0."""
+    env_kwargs: tuple[str, ...] = ()
+    """Options of the environment, as name=value: `--env-kwargs is_slippery=False map_name=8x8`."""
+    total_timesteps: int = 6_000
+    """Environment steps (calls of `env.step`) to learn for."""
+    seed: int = 1
+    """Seed of every random draw: the agent's, the episodes', the evaluation's."""
+    eval_every: int = 1_000
+    """Environment steps between two evaluations (greedy policy, environment of its own)."""
+    eval_episodes: int = 10
+    """Episodes in an evaluation. Where the environment has no time limit, each ends after 1,000 steps at the latest."""
+    checkpoint_every: int = 10_000
+    """Environment steps between two checkpoints."""
+    run_dir: str = "runs"
+    """Folder in which the run's own folder is made."""
+    resume: str | None = None
+    """Run folder to continue exactly where its last checkpoint was written."""
+    evaluate: str | None = None
+    """Run folder whose agent to evaluate, without learning and without changing the folder."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation as a GIF in the run folder."""
+
+    alpha: float = 0.5
+    """Step size of the Q-learning update, for real and planned steps alike (the book does not name its own)."""
+    gamma: float = 0.95
+    """Discount factor (the book's value for Figure 8.2)."""
+    epsilon: float = 0.1
+    """Probability of a uniformly random action (the book's value for Figure 8.2)."""
+    n_planning: int = 50
+    """Planning updates per real step; 0 is Q-learning (the book compares 0, 5 and 50)."""
+    initial_q: float = 0.0
+    """Value that every state-action pair starts with."""
+    model: Literal["counts", "last"] = "last"
+    """`counts`: all outcomes by their frequency, expected updates. `last`: the book's table of the latest outcome."""
+    kappa: float = 1e-3
+    """Weight of the bonus kappa * sqrt(tau), tau in real steps; 0 is Dyna-Q whose planning includes untried actions."""
+    bonus_on: Literal["planning", "action"] = "planning"
+    """Where the bonus counts: in the reward of planning updates, or in the choice of actions only (Exercise 8.4)."""
+
+    def __post_init__(self):
+        check_ranges(self, total_timesteps=(0, math.inf), seed=(0, 2**32 - 1), eval_every=(1, math.inf))
+        check_ranges(self, eval_episodes=(1, math.inf), checkpoint_every=(1, math.inf))
+        check_ranges(self, alpha=(1e-9, 1), gamma=(0, 1), epsilon=(0, 1), n_planning=(0, math.inf))
+        check_ranges(self, initial_q=(-1e9, 1e9), kappa=(0, 1e9))
+
+
+def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
+    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(args, name)) <= high:
+            raise Failure(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+# ---------------------------------------------------------------------------------------------------------------------
+DYNA_MAZE = """
+    .......#G
+    ..#....#.
+    S.#....#.
+    ..#......
+    .....#...
+    ........."""
+RIGHT_OPENING = """
+    ........G
+    .........
+    .........
+    ########.
+    .........
+    ...S....."""
+LEFT_OPENING = RIGHT_OPENING.replace("########.", ".########")
+BOTH_OPENINGS = RIGHT_OPENING.replace("########.", ".#######.")
+
+
+class Maze(gym.Env):
+    """Grid world of Sutton & Barto, chapter 8: from S to G around the walls #, reward 1 on reaching G, else 0.
+
+    Observation: `Discrete`, row * width + column. Actions: 0 up, 1 right, 2 down, 3 left; into a wall or over the edge
+    the agent stays where it is. The first `layout` is the world until `change_at` real steps have been made, counted
+    over all episodes; then it is the second. There is no time limit.
+    """
+
+    metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}
+
+    def __init__(self, layouts: tuple[str, ...], change_at: float = math.inf, render_mode: str | None = None):
+        self.layouts = [np.array([list(line) for line in layout.split()]) for layout in layouts]
+        self.shape = self.layouts[0].shape
+        self.change_at, self.render_mode, self.clock = change_at, render_mode, 0
+        self.observation_space = gym.spaces.Discrete(self.shape[0] * self.shape[1])
+        self.action_space = gym.spaces.Discrete(4)
+
+    @property
+    def desc(self) -> np.ndarray:
+        """The layout of the moment, (rows, columns) of single characters."""
+        return self.layouts[self.clock >= self.change_at]
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[int, dict]:
+        super().reset(seed=seed)
+        self.row, self.column = map(int, np.argwhere(self.desc == "S")[0])
+        return self.row * self.shape[1] + self.column, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        down, right = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
+        row, column, desc = self.row + down, self.column + right, self.desc
+        if 0 <= row < self.shape[0] and 0 <= column < self.shape[1] and desc[row, column] != "#":
+            self.row, self.column = row, column
+        self.clock += 1
+        at_goal = bool(desc[self.row, self.column] == "G")
+        return self.row * self.shape[1] + self.column, float(at_goal), at_goal, False, {}
+
+    def render(self) -> str | np.ndarray | None:
+        picture = self.desc.copy()
+        picture[self.row, self.column] = "A"
+        if self.render_mode == "ansi":
+            return "\n".join("".join(line) for line in picture)
+        if self.render_mode == "rgb_array":
+            palette = np.array(
+                [(240, 240, 240), (90, 90, 90), (170, 210, 240), (250, 200, 60), (200, 60, 40)], np.uint8
+            )
+            pixels = palette[np.vectorize(".#SGA".index)(picture)]
+            return pixels.repeat(32, axis=0).repeat(32, axis=1)  # (32 * rows, 32 * columns, 3)
+
+    def state_dict(self) -> dict:
+        return {"clock": self.clock}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.clock = state["clock"]
+
+
+for _name, _layouts, _change_at in (
+    ("DynaMaze-v0", (DYNA_MAZE,), math.inf),
+    ("BlockingMaze-v0", (RIGHT_OPENING, LEFT_OPENING), 1_000),
+    ("ShortcutMaze-v0", (LEFT_OPENING, BOTH_OPENINGS), 3_000),
+):
+    if _name not in gym.registry:
+        gym.register(_name, entry_point=Maze, kwargs={"layouts": _layouts, "change_at": _change_at})
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """`gym.make` with the options of `args.env_kwargs`; raises Failure where the environment cannot be made."""
+
+    def literal(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    try:
+        kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
+        env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+            env.reset(seed=0)
+            env.render()
+        return env
+    except Exception as error:
+        hint = "write module:Name-v0 for one of another package" * isinstance(error, gym.error.UnregisteredEnv)
+        raise Failure(f"cannot make {args.env_id} {' '.join(args.env_kwargs)}: {error} {hint}") from error
+
+
+def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
+    """Returns the function from an observation of this space to the key of its row in a table: int, bytes or tuple."""
+    if isinstance(space, gym.spaces.Discrete):
+        return int
+    if isinstance(space, gym.spaces.Tuple):
+        keys = [table_key(part) for part in space]
+        return lambda obs: tuple(key(part) for key, part in zip(keys, obs, strict=True))
+    small_box = isinstance(space, gym.spaces.Box) and space.is_bounded() and math.prod(space.shape) <= 64
+    if small_box or isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
+        return lambda obs: (np.asarray(obs, space.dtype) + space.dtype.type(0)).tobytes()  # + 0 turns -0.0 into 0.0
+    raise Failure(
+        f"a table needs finitely many observations, not {space}; see muzero.py, dreamer.py, cem_mpc.py, mbpo.py"
+    )
+
+
+def check_observation(obs: Any, space: gym.Space) -> None:
+    """Raises ValueError for an observation that the space does not contain."""
+    if type(obs) is int and isinstance(space, gym.spaces.Discrete):
+        inside = 0 <= obs - space.start < space.n  # a quarter of what `in` takes, which is as long as the whole step
+    else:
+        inside = obs in space
+    if not inside:
+        raise ValueError(f"observation {obs!r} is not in {space}")
+
+
+def memory_of(env: gym.Env) -> dict:
+    """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
+    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+
+
+def seed_of(*key: int) -> int:
+    """A seed for one purpose, from the run's seed and numbers that name the purpose; different keys are independent."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+class Episode:
+    """Runs an environment episode after episode, and can come back to the middle of one.
+
+    Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
+    holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
+    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    """
+
+    def __init__(self, env: gym.Env, *key: int):
+        self.env, self.key, self.index = env, key, -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts the next episode: `obs` and `info` are its first."""
+        self.index += 1
+        self.memory = memory_of(self.env)
+        self.actions: list[Any] = []
+        self.episodic_return = 0.0
+        try:
+            self.obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
+            check_observation(self.obs, self.env.observation_space)
+        except Exception as error:
+            raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
+        """Returns next observation, reward, terminated, truncated; after either of the two, call `reset`."""
+        try:
+            self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+            check_observation(self.obs, self.env.observation_space)
+            if not math.isfinite(reward):
+                raise ValueError(f"reward is {reward}")
+        except Exception as error:
+            where = f"step {len(self.actions) + 1} of episode {self.index}"
+            raise Failure(f"{where}: {type(error).__name__}: {error}") from error
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, float(reward), bool(terminated), bool(truncated)
+
+    def state_dict(self) -> dict:
+        actions = [action if isinstance(action, int) else np.asarray(action).tolist() for action in self.actions]
+        return {"index": self.index, "memory": self.memory, "actions": actions}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["memory"]:
+            self.env.unwrapped.load_state_dict(state["memory"])
+        self.index = state["index"] - 1
+        self.reset()
+        for action in state["actions"]:
+            self.step(action if isinstance(action, int) else np.array(action, self.env.action_space.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+class Model:
+    """Tabular model of the environment: how often each outcome followed each state-action pair, and with what reward.
+
+    `cells` is what planning reads: `num_actions` cells for every state observed so far, each of them
+    (Q row of the state, action, mean reward, [(gamma * probability, Q row of the successor), ...]); until its action is
+    tried, a cell predicts reward 0 and the state itself. A terminal successor is left out of the list, which gives it
+    the value 0; an episode cut short leaves no trace here. `last_tried` says for every cell when its action was last
+    tried in reality, on a `clock` of real steps that runs through all episodes.
+    """
+
+    def __init__(self, q: dict[Hashable, list[float]], num_actions: int, args: Args):
+        self.q, self.num_actions, self.gamma, self.kind = q, num_actions, args.gamma, args.model
+        self.outcomes: dict[tuple, dict[tuple, tuple[int, float]]] = {}  # (s, a) -> (s', terminated) -> count, rewards
+        self.first_cell: dict[Hashable, int] = {}
+        self.cells: list[tuple] = []
+        self.last_tried: list[int] = []
+        self.clock = 0
+
+    def update(self, state: Hashable, action: int, reward: float, next_state: Hashable, terminated: bool) -> None:
+        """Counts one real transition."""
+        self.clock += 1
+        outcomes = self.outcomes.setdefault((state, action), {})
+        if self.kind == "last":
+            outcomes.clear()
+        count, rewards = outcomes.get((next_state, terminated), (0, 0.0))
+        outcomes[next_state, terminated] = count + 1, rewards + reward
+        self.predict(state, action)
+        self.last_tried[self.first_cell[state] + action] = self.clock
+
+    def predict(self, state: Hashable, action: int) -> None:
+        """Writes the cell of a pair from the counts of its outcomes."""
+        if state not in self.first_cell:
+            self.first_cell[state] = len(self.cells)
+            row = self.q[state]
+            self.cells += [(row, untried, 0.0, [(self.gamma, row)]) for untried in range(self.num_actions)]
+            self.last_tried += [0] * self.num_actions
+        outcomes = self.outcomes[state, action]
+        visits = sum(count for count, _ in outcomes.values())
+        reward = sum(rewards for _, rewards in outcomes.values()) / visits
+        successors = [
+            (self.gamma * count / visits, self.q[next_state])
+            for (next_state, terminated), (count, _) in outcomes.items()
+            if not terminated
+        ]
+        self.cells[self.first_cell[state] + action] = self.q[state], action, reward, successors
+
+    def state_dict(self) -> dict:
+        return {
+            "clock": self.clock,
+            "last_tried": self.last_tried,
+            "outcomes": [
+                (repr(state), action, repr(next_state), terminated, *sums)
+                for (state, action), outcomes in self.outcomes.items()
+                for (next_state, terminated), sums in outcomes.items()
+            ],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for pair_state, action, next_state, terminated, count, rewards in state["outcomes"]:
+            pair = ast.literal_eval(pair_state), action
+            self.outcomes.setdefault(pair, {})[ast.literal_eval(next_state), terminated] = count, rewards
+        for pair in self.outcomes:
+            self.predict(*pair)
+        self.clock, self.last_tried = state["clock"], state["last_tried"]
+
+    def bonus(self, state: Hashable, kappa: float) -> list[float]:
+        """kappa * sqrt(tau) of every action in a state; 0 in a state never observed."""
+        if (first := self.first_cell.get(state)) is None:
+            return [0.0] * self.num_actions
+        return [kappa * math.sqrt(self.clock - last) for last in self.last_tried[first : first + self.num_actions]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planner
+# ---------------------------------------------------------------------------------------------------------------------
+class Planner:
+    """Loop (f): Q-learning updates on state-action pairs drawn from the model.
+
+    The innermost line of the script runs millions of times a second: rows of Q are plain lists, which Python reads
+    several times faster than single elements of an array, and the random cells of many steps are drawn in one call.
+    """
+
+    steps_drawn_at_once = 64
+
+    def __init__(self, model: Model, alpha: float, kappa: float, rng: np.random.Generator):
+        self.model, self.alpha, self.kappa, self.rng = model, alpha, kappa, rng
+        self.draws: list[int] = []
+        self.drawn_from = 0
+
+    def plan(self, n: int) -> None:
+        """`n` planning updates: random observed state, random action, expected update with the bonus (section 8.3)."""
+        cells, alpha = self.model.cells, self.alpha
+        clock, last_tried, kappa = self.model.clock, self.model.last_tried, self.kappa
+        if len(self.draws) < n or self.drawn_from != len(cells):
+            self.drawn_from = len(cells)
+            self.draws = self.rng.integers(self.drawn_from, size=n * self.steps_drawn_at_once).tolist()
+        for cell in self.draws[:n]:
+            row, action, reward, successors = cells[cell]
+            reward += kappa * math.sqrt(clock - last_tried[cell])
+            for weight, next_row in successors:  # weight = gamma * p(s' | s, a)
+                reward += weight * max(next_row)
+            row[action] += alpha * (reward - row[action])
+        del self.draws[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agent
+# ---------------------------------------------------------------------------------------------------------------------
+class Agent:
+    """Dyna-Q+: `act` is (b), `observe` is (d) and (e), `update` is (f).
+
+    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args(gamma=0.99))`, then
+    for every step `act`, `env.step`, `observe`, `update`.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        if not isinstance(action_space, gym.spaces.Discrete):
+            raise Failure(
+                f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py, mbpo.py, dreamer.py"
+            )
+        self.args, self.key = args, table_key(observation_space)
+        self.first_action, self.num_actions = int(action_space.start), int(action_space.n)
+        self.rng = np.random.default_rng(seed_of(args.seed, 0))
+        self.q: dict[Hashable, list[float]] = defaultdict(lambda: [args.initial_q] * self.num_actions)
+        self.model = Model(self.q, self.num_actions, args)
+        kappa = args.kappa if args.bonus_on == "planning" else 0.0
+        self.planner = Planner(self.model, args.alpha, kappa, self.rng)
+        self.sum_abs_error, self.num_errors = 0.0, 0
+        self.valued_at, self.known = 0, {}
+
+    def act(self, obs: Any) -> int:
+        """Epsilon-greedy action, ties broken at random."""
+        if self.rng.random() < self.args.epsilon:
+            return self.first_action + int(self.rng.integers(self.num_actions))
+        row = self.q[self.key(obs)]
+        if self.args.bonus_on == "action":
+            bonus = self.model.bonus(self.key(obs), self.args.kappa)
+            row = [value + extra for value, extra in zip(row, bonus, strict=True)]
+        return self.first_action + random_argmax(row, self.rng)
+
+    def observe(self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool) -> None:
+        """Direct Q-learning and model learning from one real step. A truncated step is not a terminated one."""
+        state, next_state, action = self.key(obs), self.key(next_obs), action - self.first_action
+        target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
+        error = target - self.q[state][action]
+        self.q[state][action] += self.args.alpha * error
+        self.sum_abs_error, self.num_errors = self.sum_abs_error + abs(error), self.num_errors + 1
+        self.model.update(state, action, reward, next_state, terminated)
+
+    def update(self) -> None:
+        """The planning updates that follow a real step."""
+        if self.args.n_planning:
+            self.planner.plan(self.args.n_planning)
+
+    def greedy_policy(self, seed: int) -> Callable[[Any], int]:
+        """A policy (observation -> action) that neither learns nor touches the agent; ties are broken with `seed`."""
+        rng, values, unknown = np.random.default_rng(seed), self.values(), [0.0] * self.num_actions
+        return lambda obs: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
+
+    def values(self) -> dict[Hashable, list[float]]:
+        """State -> value of every action by the model without the bonus, found by value iteration.
+
+        `q` holds the bonus: greedy in it, a policy that no longer learns would for ever go and see one wall again.
+        """
+        if self.valued_at != self.model.clock:
+            rows = {id(row): [0.0] * self.num_actions for row in self.q.values()}
+            for _ in range(1_000):
+                change = 0.0
+                for row, action, reward, successors in self.model.cells:
+                    value = reward + sum(weight * max(rows[id(next_row)]) for weight, next_row in successors)
+                    change = max(change, abs(value - rows[id(row)][action]))
+                    rows[id(row)][action] = value
+                if change < 1e-6:
+                    break
+            self.valued_at, self.known = self.model.clock, {state: rows[id(row)] for state, row in self.q.items()}
+        return self.known
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of the steps since the last call."""
+        error = self.sum_abs_error / max(1, self.num_errors)
+        self.sum_abs_error, self.num_errors = 0.0, 0
+        pairs = len(self.model.outcomes)
+        return {"losses/td_error": error, "model/states": len(self.model.first_cell), "model/state_action_pairs": pairs}
+
+    def state_dict(self) -> dict:
+        return {
+            "q": [(repr(state), row) for state, row in self.q.items()],
+            "model": self.model.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "draws": [self.planner.draws, self.planner.drawn_from],
+            "errors": [self.sum_abs_error, self.num_errors],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.q.update((ast.literal_eval(key), row) for key, row in state["q"])
+        self.model.load_state_dict(state["model"])
+        self.rng.bit_generator.state = state["rng"]
+        self.planner.draws, self.planner.drawn_from = state["draws"]
+        self.sum_abs_error, self.num_errors = state["errors"]
+
+
+def random_argmax(row: list[float], rng: np.random.Generator) -> int:
+    """Index of the largest value; among equal ones a random one (always the first would walk into walls for ever)."""
+    best = max(row)
+    ties = [action for action, value in enumerate(row) if value == best]
+    return ties[0] if len(ties) == 1 else ties[int(rng.integers(len(ties)))]
+
+
+def draw_grid(env: gym.Env, agent: Agent) -> tuple[str, Image.Image] | None:
+    """Greedy policy and values max_a Q(s, a) of a grid world, as text and as picture; None for other environments."""
+    world = env.unwrapped
+    if isinstance(world, FrozenLakeEnv):
+        shape, arrows = (world.nrow, world.ncol), "←↓→↑"
+    elif isinstance(world, Maze | CliffWalkingEnv):
+        shape, arrows = world.shape, "↑→↓←"
+    else:
+        return None
+    marks = getattr(world, "desc", np.full(shape, "-")).astype(str)
+    rows = {state: row for state, row in agent.values().items() if min(row) < max(row)}
+    values = {state: max(row) for state, row in rows.items()}
+    low, high = min(values.values(), default=0.0), max(values.values(), default=1.0)
+    lines, image = [""] * shape[0], Image.new("RGB", (72 * shape[1], 72 * shape[0]), (90, 90, 90))
+    draw = ImageDraw.Draw(image)
+    for state, (row, column) in enumerate(np.ndindex(shape)):
+        x, y = 72 * column + 36, 72 * row + 30  # where the arrow of the cell stands
+        if state not in values:  # a wall, a terminal state, or one of which nothing is known
+            lines[row] += f"{marks[row, column]:^8}"
+            draw.text((x - 6, y - 6), marks[row, column], (255, 255, 255), font_size=18)
+            continue
+        arrow = arrows[int(np.argmax(rows[state]))]
+        lines[row] += f"{arrow}{values[state]:6.2f} "
+        light = (values[state] - low) / max(high - low, 1e-12)
+        draw.rectangle((x - 35, y - 29, x + 34, y + 40), (235 - int(150 * light), 240 - int(90 * light), 250))
+        dx, dy = {"↑": (0, -9), "→": (9, 0), "↓": (0, 9), "←": (-9, 0)}[arrow]
+        draw.polygon(((x + 2 * dx, y + 2 * dy), (x - dx + dy, y - dy + dx), (x - dx - dy, y - dy - dx)), (20, 20, 60))
+        draw.text((x - 16, y + 22), f"{values[state]:.2f}", (20, 20, 60), font_size=14)
+    return "\n".join(lines), image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+CHECKPOINT = "checkpoint.json.gz"
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
+CHANGEABLE |= {"capture_video", "resume", "evaluate"}
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Writes nested plain values; gzip keeps a checksum with them."""
+    with open(path, "wb") as file:
+        with gzip.open(file, "wt", compresslevel=1) as text:
+            json.dump(state, text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads what `write_checkpoint` wrote, running no code of it; raises some exception where the file is damaged."""
+    with gzip.open(path, "rt") as text:
+        return json.load(text)
+
+
+def parse_args() -> Args:
+    """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
+    args = tyro.cli(Args)
+    if not (folder := args.resume or args.evaluate):
+        return args
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        default = Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    if saved["script"] != SCRIPT:
+        raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+    args = tyro.cli(Args, default=default)
+    if args.resume and args.evaluate:
+        raise Failure("--resume and --evaluate exclude each other")
+    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
+    if changed:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    return args
+
+
+class Run:
+    """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
+
+    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
+    videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    """
+
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
+        self.args, self.agent, self.episodes = args, agent, episodes
+        self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
+        self.log_every = max(1, args.total_timesteps // 100)
+        self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+        offset = self.restore() if args.resume or args.evaluate else 0
+        if not args.evaluate:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.path / "args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}} | provenance()
+            )
+            # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
+            self.events = open(self.path / "events.out.tfevents.0", "ab")
+            self.events.truncate(offset)
+            if offset == 0:
+                rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+                summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
+                self.write(Event(wall_time=time.time(), file_version="brain.Event:2", summary=summary))
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=args.evaluate or None)
+
+    def steps(self, stride: int = 1) -> Iterator[int]:
+        """Yields the number of environment steps up to and with the one that the caller makes next (or the `stride`
+        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        args, caught, handlers = self.args, [], {}
+
+        def stop(number: int, _: Any) -> None:
+            caught.append(number)
+            signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
+
+        if threading.current_thread() is threading.main_thread():
+            handlers.update({number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)})
+        timed_from = self.step, time.time()
+        try:
+            while self.step < args.total_timesteps and not args.evaluate:
+                yield self.step + stride
+                before, self.step = self.step, self.step + stride
+                self.bar.update(stride)
+                done = self.step >= args.total_timesteps
+                periods = self.log_every, args.eval_every, args.checkpoint_every
+                log, evaluate, save = (done or self.step // period > before // period for period in periods)
+                if log:
+                    sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
+                    timed_from = self.step, time.time()
+                    self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
+                if evaluate:
+                    self.evaluate()
+                if save or caught:
+                    self.save()
+                if caught and not done:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.path}")
+                    sys.exit(128 + caught[0])
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
+        """Writes scalars and pictures under their TensorBoard tags, x = environment steps. A NaN is a Failure."""
+        summary = Summary()
+        for tag, value in values.items():
+            if isinstance(value, Image.Image):
+                value.save(png := io.BytesIO(), "PNG")
+                summary.value.add(tag=tag).image.MergeFrom(Summary.Image(encoded_image_string=png.getvalue()))
+            elif math.isfinite(value):
+                summary.value.add(tag=tag, simple_value=value)
+            else:
+                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+        self.write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def log_episode(self, step: int, episode: Episode) -> None:
+        """Logs a finished episode."""
+        values = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
+        self.log(step, values)
+        self.bar.set_postfix_str(f"return {episode.episodic_return:.4g}", refresh=False)
+
+    def write(self, event: Event) -> None:
+        if self.events:
+            RecordWriter(self.events).write(event.SerializeToString())
+
+    def evaluate(self) -> None:
+        """Greedy episodes on an environment of their own, always with the same seeds; keeps and logs their returns."""
+        args, env, lengths, frames = self.args, self.eval_env, [], []
+        limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
+        self.returns = []
+        for index in range(args.eval_episodes):
+            if memory := memory_of(self.episodes[0].env):
+                env.unwrapped.load_state_dict(memory)
+            episode = Episode(env, args.seed, 2, index)
+            policy, done = self.agent.greedy_policy(seed_of(args.seed, 3, index)), False
+            while not done and len(episode.actions) < limit:
+                if args.capture_video and index == 0:
+                    frames.append(Image.fromarray(env.render()).quantize())
+                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                done = terminated or truncated
+            self.returns.append(episode.episodic_return)
+            lengths.append(len(episode.actions))
+        mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
+        self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
+        steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
+        tqdm.write(f"step {self.step}: evaluation return {mean:.4g} +- {std:.4g} ({steps})")
+        if frames:
+            video = self.path / "videos" / f"step_{self.step}.gif"
+            video.parent.mkdir(exist_ok=True)
+            duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds a frame
+            frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+    def save(self) -> None:
+        """Writes a checkpoint; at every instant a whole one is in the folder, and the one before it is kept."""
+        self.events.flush()
+        state = {"step": self.step, "seconds": time.time() - self.start_time, "returns": self.returns}
+        state |= {"events": self.events.tell(), "agent": self.agent.state_dict()}
+        state["episodes"] = [episode.state_dict() for episode in self.episodes]
+        path, new = self.path / CHECKPOINT, self.path / f"new.{CHECKPOINT}"
+        try:
+            write_checkpoint(new, state)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise Failure(f"step {self.step}: cannot write a checkpoint ({error}); the last one is kept") from error
+        if path.exists():
+            os.replace(path, self.path / f"previous.{CHECKPOINT}")
+        os.replace(new, path)
+
+    def restore(self) -> int:
+        """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
+        path = path if path.exists() or not previous.exists() else previous
+        if not path.exists() and self.args.resume:
+            return 0  # killed before its first checkpoint: from the beginning
+        try:
+            state = read_checkpoint(path)
+            self.agent.load_state_dict(state["agent"])
+            for episode, episode_state in zip(self.episodes, state["episodes"], strict=True):
+                episode.load_state_dict(episode_state)
+            self.step, self.returns = state["step"], state["returns"]
+            self.start_time -= state["seconds"]
+            return state["events"]
+        except Exception as error:
+            other = f"; the checkpoint before it is {previous}: rename it to use it" if previous.exists() else ""
+            raise Failure(f"cannot restore {path}: {type(error).__name__}: {error}{other}") from error
+
+    def finish(self) -> dict:
+        """Writes and returns the result, and says where to look."""
+        if self.args.evaluate or not self.returns:
+            self.evaluate()
+        result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
+        result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
+        result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}
+        if not self.args.evaluate:
+            self.events.close()
+            write_json(self.path / "result.json", result)
+            print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
+        return result
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file that is at no instant half there."""
+    new = path.with_name(f"new.{path.name}")
+    new.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(new, path)
+
+
+def provenance() -> dict:
+    """What a run was made with: versions of Python and of the packages, git commit of the script where there is one."""
+    packages = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "gymnasium") if name in sys.modules}
+    git = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if git else ""
+    return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit or None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Tabular Dyna-Q+, line by line as in the box above; returns what is in result.json."""
+    env = make_env(args)
+    agent = Agent(env.observation_space, env.action_space, args)
+    episode = Episode(env, args.seed, 1)
+    run = Run(args, agent, [episode])
+    for step in run.steps():
+        obs = episode.obs  # (a)
+        action = agent.act(obs)  # (b)
+        next_obs, reward, terminated, truncated = episode.step(action)  # (c)
+        agent.observe(obs, action, reward, next_obs, terminated)  # (d) and (e)
+        agent.update()  # (f)
+        if terminated or truncated:
+            run.log_episode(step, episode)
+            episode.reset()
+    if drawing := draw_grid(env, agent):
+        print(drawing[0])
+        run.log(run.step, {"planner/policy": drawing[1]})
+    return run.finish()
+
+
+def main() -> None:
+    """The command line; what the user can mend is one line on stderr and status 2."""
+    try:
+        train(parse_args())
+    except (Failure, OSError) as error:
+        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
