@@ -265,7 +265,10 @@ def memory_of(env: gym.Env) -> dict:
 
 
 def seed_of(*key: int) -> int:
-    """A seed for one purpose, from the run's seed and numbers that name the purpose; different keys are independent."""
+    """A seed of one purpose, from the run's seed and the purpose's number; different keys give independent streams.
+
+    The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
+    """
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
 
@@ -427,6 +430,13 @@ class Planner:
             row[action] += alpha * (reward - row[action])
         del self.draws[:n]
 
+    def state_dict(self) -> dict:
+        return {"draws": self.draws, "drawn_from": self.drawn_from, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.draws, self.drawn_from = state["draws"], state["drawn_from"]
+        self.rng.bit_generator.state = state["rng"]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agent
@@ -449,7 +459,7 @@ class Agent:
         self.q: dict[Hashable, list[float]] = defaultdict(lambda: [args.initial_q] * self.num_actions)
         self.model = Model(self.q, self.num_actions, args)
         kappa = args.kappa if args.bonus_on == "planning" else 0.0
-        self.planner = Planner(self.model, args.alpha, kappa, self.rng)
+        self.planner = Planner(self.model, args.alpha, kappa, np.random.default_rng(seed_of(args.seed, 4)))
         self.sum_abs_error, self.num_errors = 0.0, 0
         self.valued_at, self.known = 0, {}
 
@@ -512,7 +522,7 @@ class Agent:
             "q": [(repr(state), row) for state, row in self.q.items()],
             "model": self.model.state_dict(),
             "rng": self.rng.bit_generator.state,
-            "draws": [self.planner.draws, self.planner.drawn_from],
+            "planner": self.planner.state_dict(),
             "errors": [self.sum_abs_error, self.num_errors],
         }
 
@@ -520,7 +530,7 @@ class Agent:
         self.q.update((ast.literal_eval(key), row) for key, row in state["q"])
         self.model.load_state_dict(state["model"])
         self.rng.bit_generator.state = state["rng"]
-        self.planner.draws, self.planner.drawn_from = state["draws"]
+        self.planner.load_state_dict(state["planner"])
         self.sum_abs_error, self.num_errors = state["errors"]
 
 
