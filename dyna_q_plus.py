@@ -125,7 +125,7 @@ def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
     """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value}")
+            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,6 +222,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         except (ValueError, SyntaxError):
             return text
 
+    if wrong := [option for option in args.env_kwargs if "=" not in option]:
+        raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
     try:
         kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
@@ -230,8 +232,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env.render()
         return env
     except Exception as error:
-        hint = "write module:Name-v0 for one of another package" * isinstance(error, gym.error.UnregisteredEnv)
-        raise Failure(f"cannot make {args.env_id} {' '.join(args.env_kwargs)}: {error} {hint}") from error
+        hint = "; write module:Name-v0 for one of another package" * isinstance(error, gym.error.UnregisteredEnv)
+        raise Failure(f"cannot make the environment {args.env_id}: {error}{hint}") from error
 
 
 def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
@@ -745,7 +747,7 @@ class Run:
             write_checkpoint(new, state)
         except OSError as error:
             new.unlink(missing_ok=True)
-            raise Failure(f"step {self.step}: cannot write a checkpoint ({error}); the last one is kept") from error
+            raise Failure(f"step {self.step}: no checkpoint ({error}); the one before: --resume {self.path}") from error
         if path.exists():
             os.replace(path, self.path / f"previous.{CHECKPOINT}")
         os.replace(new, path)

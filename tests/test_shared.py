@@ -1,0 +1,460 @@
+"""What holds for every script: the shared blocks, the command line, the run folder, exact resume, bad input."""
+
+import ast
+import dataclasses
+import gzip
+import importlib
+import inspect
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS, command, learned, only_run, result, scalars, start
+
+SHARED_FIELDS = [
+    "env_id",
+    "env_kwargs",
+    "total_timesteps",
+    "seed",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "run_dir",
+    "resume",
+    "evaluate",
+    "capture_video",
+]
+SHARED_BLOCKS = [
+    "Failure",
+    "check_ranges",
+    "make_env",
+    "memory_of",
+    "Episode",
+    "CHANGEABLE",
+    "write_checkpoint",
+    "read_checkpoint",
+    "parse_args",
+    "Run",
+    "write_json",
+    "provenance",
+    "main",
+]
+TABULAR_BLOCKS = [
+    "Maze",
+    "DYNA_MAZE",
+    "table_key",
+    "check_observation",
+    "seed_of",
+    "random_argmax",
+    "draw_grid",
+    "train",
+]
+SMALL = ["--total-timesteps", "600", "--eval-every", "300", "--checkpoint-every", "200", "--eval-episodes", "2"]
+
+
+def source(script: ModuleType, name: str) -> str:
+    """The text of a top-level definition or of the assignments to a name."""
+    tree, text = ast.parse(inspect.getsource(script)), inspect.getsource(script)
+    found = [node for node in tree.body if name in {getattr(node, "name", None), *targets(node)}]
+    assert found, f"{script.__name__} has no {name}"
+    return "\n".join(ast.get_source_segment(text, node) for node in found)
+
+
+def targets(node: ast.stmt) -> set[str]:
+    names = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {name.id for name in names if isinstance(name, ast.Name)}
+
+
+@pytest.mark.parametrize("name", SHARED_BLOCKS + TABULAR_BLOCKS)
+def test_shared_blocks_are_equal_word_for_word(name):
+    texts = {source(importlib.import_module(script), name) for script in SCRIPTS}
+    if name == "train":  # its docstring names the algorithm
+        texts = {text.replace("Dyna-Q+", "Dyna-Q") for text in texts}
+    assert len(texts) == 1
+
+
+def test_shared_fields_come_first_and_are_the_same(script):
+    fields = dataclasses.fields(script.Args)
+    assert [field.name for field in fields[: len(SHARED_FIELDS)]] == SHARED_FIELDS
+    first = importlib.import_module(SCRIPTS[0])
+    for field, other in zip(fields, dataclasses.fields(first.Args)[: len(SHARED_FIELDS)], strict=False):
+        assert field.type == other.type
+        if field.name not in ("env_id", "total_timesteps"):
+            assert field.default == other.default
+
+
+def test_sections_stand_in_the_same_order(script):
+    banners = re.findall(r"^# -+\n# (\w+)\n# -+$", inspect.getsource(script), re.MULTILINE)
+    order = ["Args", "Environment", "Model", "Buffer", "Planner", "Agent", "Run", "Train"]
+    assert banners == [name for name in order if name in banners]
+    assert {"Args", "Environment", "Model", "Planner", "Agent", "Run", "Train"} <= set(banners)
+
+
+def test_every_field_has_a_docstring(script):
+    (args,) = (node for node in ast.parse(inspect.getsource(script)).body if getattr(node, "name", "") == "Args")
+    body = [node for node in args.body if not isinstance(node, ast.FunctionDef)][1:]
+    for field, doc in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert isinstance(doc, ast.Expr)
+        assert len(doc.value.value) > 20
+
+
+def test_header_names_exactly_what_the_script_imports(script):
+    text = inspect.getsource(script)
+    (block,) = re.findall(r"^# /// script\n(.*?)^# ///$", text, re.MULTILINE | re.DOTALL)
+    header = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.MULTILINE))
+    declared = {re.split(r"[><=\[]", package)[0] for package in header["dependencies"]}
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    third_party = {"pillow" if name == "PIL" else name for name in imported - set(sys.stdlib_module_names)}
+    assert declared == third_party
+
+
+def test_a_tabular_script_does_not_load_torch(script):
+    code = f"import sys, {script.__name__}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_copied_alone_to_an_empty_folder_it_runs(script, tmp_path):
+    shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
+    process = subprocess.run(
+        [sys.executable, f"{script.__name__}.py", *SMALL], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    run = only_run(tmp_path / "runs")
+    assert f"tensorboard --logdir {run.relative_to(tmp_path)}" in process.stdout
+    assert re.fullmatch(rf"\w+-v\d__{script.__name__}__1__\d{{8}}T\d{{6}}\.\d+", run.name)
+    saved = json.loads((run / "args.json").read_text())
+    assert saved["args"]["total_timesteps"] == 600
+    assert saved["versions"]["numpy"] == np.__version__
+    outcome = result(run)
+    assert outcome["env_steps"] == 600
+    assert outcome["eval_episodes"] == 2
+    points = scalars(run)
+    for tag in ("charts/episodic_return", "charts/episodic_length"):
+        assert sum(name == tag for name, _, _ in points) == outcome["episodes"]
+    assert sum(value for tag, _, value in points if tag == "charts/episodic_length") <= 600
+    assert [step for tag, step, _ in points if tag == "eval/episodic_return"] == [300, 600]
+    assert [value for tag, _, value in points if tag == "eval/episodic_return"][-1] == outcome["eval_return_mean"]
+    assert {"charts/SPS", "eval/episodic_length"} < {tag for tag, _, _ in points}
+
+
+def test_same_seed_same_run_other_seed_other_run(script, tmp_path):
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        script.train(script.Args(run_dir=str(tmp_path / str(number)), total_timesteps=1_000, eval_every=500, seed=seed))
+        runs.append(only_run(tmp_path / str(number)))
+    first, second, other = ((learned(script, run), scalars(run, "charts/SPS"), result(run)) for run in runs)
+    assert first == second
+    assert first[0]["agent"] != other[0]["agent"]
+
+
+def test_evaluation_does_not_touch_learning(script, tmp_path):
+    for number, every in enumerate((100, 10_000)):
+        script.train(script.Args(run_dir=str(tmp_path / str(number)), total_timesteps=1_000, eval_every=every))
+    often, once = (learned(script, only_run(tmp_path / str(number))) for number in (0, 1))
+    assert often["agent"] == once["agent"]
+    assert often["episodes"] == once["episodes"]
+
+
+@pytest.mark.parametrize("kills", [1, 3])
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_never_killed(script, tmp_path, kills):
+    args = ["--total-timesteps", 12_000, "--checkpoint-every", 100, "--eval-every", 1_000]
+    assert start(script, *args, "--run-dir", tmp_path / "whole").returncode == 0
+    process = subprocess.Popen(
+        command(script, *args, "--run-dir", tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for _ in range(kills):
+        while not list((tmp_path / "killed").glob(f"*/{script.CHECKPOINT}")):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        run = only_run(tmp_path / "killed")
+        process = subprocess.Popen(
+            command(script, "--resume", run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    whole = only_run(tmp_path / "whole")
+    assert learned(script, run) == learned(script, whole)
+    assert scalars(run, "charts/SPS") == scalars(whole, "charts/SPS")
+    assert result(run) == result(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_the_command_to_continue(script, tmp_path, number):
+    args = ["--total-timesteps", 20_000, "--checkpoint-every", 10**9, "--eval-every", 10**9]
+    process = subprocess.Popen(
+        command(script, *args, "--run-dir", tmp_path / "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "a").glob("*/events*")):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    run = only_run(tmp_path / "a")
+    assert process.returncode == 128 + number, stderr
+    assert f"python {script.__name__}.py --resume {run}" in stdout
+    assert 0 < script.read_checkpoint(run / script.CHECKPOINT)["step"] < 20_000
+    assert start(script, "--resume", run).returncode == 0
+    assert start(script, *args, "--run-dir", tmp_path / "b").returncode == 0
+    assert learned(script, run) == learned(script, only_run(tmp_path / "b"))
+
+
+def test_a_run_can_be_made_longer(script, tmp_path, monkeypatch):
+    run_script(script, monkeypatch, "--total-timesteps", 700, "--run-dir", tmp_path / "a")
+    run = only_run(tmp_path / "a")
+    run_script(script, monkeypatch, "--resume", run, "--total-timesteps", 1_500)
+    run_script(script, monkeypatch, "--total-timesteps", 1_500, "--run-dir", tmp_path / "b")
+    longer, whole = learned(script, run), learned(script, only_run(tmp_path / "b"))
+    assert longer["agent"] == whole["agent"]
+    assert longer["returns"] == whole["returns"]
+
+
+def test_resuming_a_finished_run_changes_nothing(script, tmp_path, monkeypatch):
+    run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    before = learned(script, run), scalars(run), result(run)
+    run_script(script, monkeypatch, "--resume", run)
+    assert (learned(script, run), scalars(run), result(run)) == before
+
+
+def test_evaluate_changes_nothing_in_the_folder(script, tmp_path, monkeypatch, capsys):
+    run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    capsys.readouterr()
+    run_script(script, monkeypatch, "--evaluate", run, "--eval-episodes", 2)
+    mean = result(run)["eval_return_mean"]
+    assert f"evaluation return {mean:.4g}" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_capture_video_records_a_gif(script, tmp_path):
+    from PIL import Image
+
+    args = script.Args(
+        env_id="DynaMaze-v0", run_dir=str(tmp_path), total_timesteps=900, eval_every=900, capture_video=True
+    )
+    script.train(args)
+    video = Image.open(only_run(tmp_path) / "videos" / "step_900.gif")
+    assert video.n_frames > 10
+    assert video.size == (9 * 32, 6 * 32)
+
+
+# --- bad input: one line, status 2 -----------------------------------------------------------------------------------
+def run_script(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    """The command line without a process of its own."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+    script.main()
+
+
+def complaint(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *args: object) -> str:
+    """Runs a command that has to fail as bad input has to; returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, monkeypatch, *args)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "WARN" not in line and "logger." not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"{script.__name__}.py: error: ")
+    return lines[0]
+
+
+BAD_ARGS = [
+    ("--env-id Nope-v0", "`Nope` doesn't exist.*module:Name-v0"),
+    ("--env-id FrozenLake-v9", "version `v9`"),
+    ("--env-id no_such_package:Nope-v0", "no_such_package"),
+    ("--env-id ALE/Pong-v5", "Namespace ALE not found"),
+    ("--env-id Taxi-v3", "Taxi-v4"),
+    ("--env-id Pendulum-v1", "Discrete.*cem_mpc.py"),
+    ("--env-id CartPole-v1", "finitely many.*muzero.py"),
+    ("--env-kwargs slippery", "name=value, not slippery"),
+    ("--env-kwargs nonsense=1", "nonsense"),
+    ("--total-timesteps -1", "--total-timesteps must be from 0"),
+    ("--seed -1", "--seed must be"),
+    ("--eval-every 0", "--eval-every must be"),
+    ("--eval-episodes 0", "--eval-episodes must be"),
+    ("--checkpoint-every 0", "--checkpoint-every must be"),
+    ("--run-dir /dev/null/runs", "Not a directory"),
+    ("--resume /no/such/folder", "/no/such/folder is not a run folder"),
+    ("--evaluate /no/such/folder", "/no/such/folder is not a run folder"),
+    ("--alpha 0", "--alpha must be from"),
+    ("--alpha nan", "--alpha must be from"),
+    ("--gamma 1.5", "--gamma must be from 0 to 1, not 1.5"),
+    ("--epsilon -0.1", "--epsilon must be"),
+    ("--n-planning -1", "--n-planning must be"),
+    ("--initial-q inf", "--initial-q must be"),
+]
+
+
+@pytest.mark.parametrize(("args", "expected"), BAD_ARGS)
+def test_bad_arguments(script, monkeypatch, capsys, tmp_path, args, expected):
+    line = complaint(script, monkeypatch, capsys, "--run-dir", tmp_path, *args.split())
+    assert re.search(expected, line), line
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("reset raises", "reset of episode 1: RuntimeError: the door is locked"),
+        ("step raises", r"step \d+ of episode \d+: RuntimeError: the floor is wet"),
+        ("obs nan", "observation nan is not in Discrete"),
+        ("obs shape", "is not in Discrete"),
+        ("obs dtype", "observation 'here' is not in Discrete"),
+        ("obs outside", "observation 5 is not in Discrete"),
+        ("reward nan", "reward is nan"),
+        ("reward inf", "reward is inf"),
+    ],
+)
+def test_an_environment_that_breaks(script, monkeypatch, capsys, tmp_path, fault, expected):
+    args = ["--env-id", "Corridor-v0", "--env-kwargs", f"fault={fault}", "--run-dir", tmp_path, "--checkpoint-every", 2]
+    line = complaint(script, monkeypatch, capsys, *args)
+    assert re.search(expected, line), line
+    if fault != "reset raises":  # which may happen before the first checkpoint
+        assert script.read_checkpoint(only_run(tmp_path) / script.CHECKPOINT)["step"] in (2, 4, 6)
+
+
+def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
+    def refuses(*args: object) -> str:
+        return complaint(script, monkeypatch, capsys, *args)
+
+    assert "not a run folder" in refuses("--resume", tmp_path)
+    run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    assert "started with another gamma" in refuses("--resume", run, "--gamma", "0.5")
+    assert "started with another env_id, seed" in refuses("--evaluate", run, "--seed", 7, "--env-id", "Taxi-v4")
+    assert "exclude each other" in refuses("--resume", run, "--evaluate", run)
+    args = run / "args.json"
+    text = args.read_text()
+    for damaged in ("", "{", "[]", "{}", '{"script": 1, "args": {"gamma": "x"}}', text.replace('"gamma"', '"gama"')):
+        args.write_text(damaged)
+        assert "not a run folder" in refuses("--resume", run)
+    args.write_text(text.replace(f'"script": "{script.__name__}"', '"script": "other"'))
+    assert "written by other.py" in refuses("--evaluate", run)
+
+
+def test_damaged_checkpoints_are_refused_and_the_older_one_is_kept_and_named(script, monkeypatch, capsys, tmp_path):
+    run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    path, previous = run / script.CHECKPOINT, run / f"previous.{script.CHECKPOINT}"
+    whole, older, wanted = path.read_bytes(), previous.read_bytes(), script.read_checkpoint(path)
+    damages = [
+        b"",
+        b"not a checkpoint",
+        whole[: len(whole) // 2],
+        whole[:-1],
+        gzip.compress(b"[]"),
+        gzip.compress(b"{}"),
+    ]
+    rng = random.Random(0)
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        damages.append(bytes(flipped))
+    refused = 0
+    for damage in damages:
+        path.write_bytes(damage)
+        try:
+            assert (
+                script.read_checkpoint(path) == wanted
+            )  # flipped where it does not matter, as in the time of the file
+            continue
+        except Exception:
+            refused += 1
+        line = complaint(script, monkeypatch, capsys, "--resume", run)
+        assert f"cannot restore {path}" in line
+        assert f"the checkpoint before it is {previous}" in line
+        assert previous.read_bytes() == older
+    assert refused > 50
+    path.unlink()  # killed between the two renames that make a checkpoint the last one
+    run_script(script, monkeypatch, "--resume", run)
+    assert learned(script, run)["step"] == wanted["step"]
+    assert script.read_checkpoint(path)["agent"] == wanted["agent"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(script, monkeypatch, capsys, tmp_path):
+    write, calls = script.write_checkpoint, []
+
+    def full(path: Path, state: dict) -> None:
+        calls.append(state["step"])
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(path, state)
+
+    monkeypatch.setattr(script, "write_checkpoint", full)
+    line = complaint(script, monkeypatch, capsys, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    assert "No space left on device" in line
+    assert f"--resume {run}" in line
+    assert script.read_checkpoint(run / script.CHECKPOINT)["step"] == calls[0]
+    assert not list(run.glob("new.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(script.Agent, "metrics", lambda self: {"losses/td_error": float("nan")})
+    line = complaint(script, monkeypatch, capsys, *SMALL, "--run-dir", tmp_path)
+    assert re.search(r"step 6: losses/td_error is nan", line)
+
+
+# --- episodes ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "env_id", ["FrozenLake-v1", "Blackjack-v1", "CliffWalking-v1", "BlockingMaze-v0", "CartPole-v1"]
+)
+def test_a_restored_episode_continues_as_the_original(script, monkeypatch, env_id):
+    monkeypatch.setattr(script, "check_observation", lambda obs, space: None)
+    envs = [script.make_env(script.Args(env_id=env_id)) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    original = script.Episode(envs[0], 5, 1)
+    for _ in range(300):
+        _, _, terminated, truncated = original.step(int(rng.integers(envs[0].action_space.n)))
+        if terminated or truncated:
+            original.reset()
+    restored = script.Episode(envs[1], 5, 1)
+    restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
+    for _ in range(300):
+        action = int(rng.integers(envs[0].action_space.n))
+        one, two = original.step(action), restored.step(action)
+        np.testing.assert_equal(one, two)
+        assert original.episodic_return == restored.episodic_return
+        if one[2] or one[3]:
+            original.reset()
+            restored.reset()
+            np.testing.assert_equal(original.obs, restored.obs)
+
+
+def test_seeds_of_different_purposes_differ(script):
+    seeds = {script.seed_of(seed, purpose, index) for seed in range(5) for purpose in range(5) for index in range(50)}
+    assert len(seeds) == 5 * 5 * 50
+    assert max(seeds) < 2**31
+
+
+def test_policy_and_agent_can_be_driven_from_a_loop_of_ones_own(script):
+    env = gym.make("Corridor-v0", max_episode_steps=50)
+    agent = script.Agent(env.observation_space, env.action_space, script.Args(gamma=0.9))
+    obs, _ = env.reset(seed=0)
+    for _ in range(500):
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        agent.observe(obs, action, reward, next_obs, terminated)
+        agent.update()
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    policy = agent.greedy_policy(seed=0)
+    assert [policy(state) for state in range(4)] == [1, 1, 1, 1]
