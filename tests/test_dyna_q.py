@@ -54,6 +54,7 @@ def run_episodes(num_episodes: int, **fields: object) -> list[int]:
         next_obs, reward, terminated, truncated = episode.step(action)
         agent.observe(obs, action, reward, next_obs, terminated)
         agent.update()
+        assert len(episode.actions) < 100_000, "walks in circles"
         if terminated or truncated:
             lengths.append(len(episode.actions))
             episode.reset()

@@ -230,9 +230,12 @@ def test_a_run_can_be_made_longer(script, tmp_path, monkeypatch):
 def test_resuming_a_finished_run_changes_nothing(script, tmp_path, monkeypatch):
     run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
     run = only_run(tmp_path)
+    state = script.read_checkpoint(run / script.CHECKPOINT)
+    script.write_checkpoint(run / script.CHECKPOINT, state | {"seconds": 1_000.0})
     before = learned(script, run), scalars(run), result(run)
     run_script(script, monkeypatch, "--resume", run)
     assert (learned(script, run), scalars(run), result(run)) == before
+    assert json.loads((run / "result.json").read_text())["wall_seconds"] > 1_000  # the time of all its parts
 
 
 def test_evaluate_changes_nothing_in_the_folder(script, tmp_path, monkeypatch, capsys):
