@@ -85,7 +85,7 @@ class Args:
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
     eval_every: int = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 10
+    eval_episodes: int = 5
     """Episodes in an evaluation. Where the environment has no time limit, each ends after 1,000 steps at the latest."""
     checkpoint_every: int = 10_000
     """Environment steps between two checkpoints."""
@@ -338,6 +338,7 @@ class Model:
         self.outcomes: dict[tuple, dict[tuple, tuple[int, float]]] = {}  # (s, a) -> (s', terminated) -> count, rewards
         self.first_cell: dict[Hashable, int] = {}
         self.cells: list[tuple | None] = []
+        self.tried: list[list[int]] = []  # of each state, the cells that are not None
 
     def update(self, state: Hashable, action: int, reward: float, next_state: Hashable, terminated: bool) -> None:
         """Counts one real transition."""
@@ -353,6 +354,7 @@ class Model:
         if state not in self.first_cell:
             self.first_cell[state] = len(self.cells)
             self.cells += [None] * self.num_actions
+            self.tried.append([])
         outcomes = self.outcomes[state, action]
         visits = sum(count for count, _ in outcomes.values())
         reward = sum(rewards for _, rewards in outcomes.values()) / visits
@@ -361,7 +363,10 @@ class Model:
             for (next_state, terminated), (count, _) in outcomes.items()
             if not terminated
         ]
-        self.cells[self.first_cell[state] + action] = self.q[state], action, reward, successors
+        cell = self.first_cell[state] + action
+        if self.cells[cell] is None:
+            self.tried[cell // self.num_actions].append(cell)
+        self.cells[cell] = self.q[state], action, reward, successors
 
     def state_dict(self) -> dict:
         return {
@@ -419,10 +424,8 @@ class Planner:
 
     def other_action(self, cell: int) -> tuple:
         """Instead of an untried action's cell, that of a random action which was taken in the same state."""
-        cells, num_actions = self.model.cells, self.model.num_actions
-        while cells[cell] is None:
-            cell += int(self.rng.random() * num_actions) - cell % num_actions
-        return cells[cell]
+        tried = self.model.tried[cell // self.model.num_actions]
+        return self.model.cells[tried[int(self.rng.random() * len(tried))]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

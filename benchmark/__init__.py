@@ -1,0 +1,1 @@
+"""Sample-efficiency comparisons: declared suites of runs, turned into tables and figures."""

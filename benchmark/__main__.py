@@ -1,0 +1,98 @@
+"""Runs, collects and draws the comparisons that are declared in `benchmark/suites.py`.
+
+    python -m benchmark all SUITE       one command per figure: run, collect, plot
+    python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs
+    python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
+    python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
+    python -m benchmark speed           planning updates and real steps a second
+
+From the root of the repository. An interrupted run continues where it stopped when the command is given again.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from .collect import collect_suite
+from .plot import plot_suite
+from .run import run_suite
+from .speed import measure
+from .suites import SUITES, Incomplete, Suite
+
+SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
+Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
+
+
+def fail(message: str, status: int) -> NoReturn:
+    print(f"benchmark: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of this name; one line and exit status 2 if there is none."""
+    if name not in SUITES:
+        fail(f"there is no suite {name}; the suites are {', '.join(SUITES)}", 2)
+    return SUITES[name]
+
+
+def run(suite: SuiteName, workers: Workers = 2) -> None:
+    """Make the runs of a suite that are missing."""
+    declared = find_suite(suite)
+    if workers < 1:
+        fail(f"--workers must be at least 1, not {workers}", 2)
+    if failed := run_suite(declared, workers):
+        fail(f"{failed} runs of {suite} failed", 1)
+
+
+def collect(suite: SuiteName) -> None:
+    """Write the CSV files of a suite from its TensorBoard events."""
+    try:
+        collect_suite(find_suite(suite))
+    except Incomplete as error:
+        fail(str(error), 1)
+
+
+def plot(suite: SuiteName) -> None:
+    """Draw the figure of a suite from its CSV file, and print its numbers."""
+    declared = find_suite(suite)
+    try:
+        plot_suite(declared)
+    except Incomplete as error:
+        fail(str(error), 1)
+
+
+def run_collect_plot(suite: SuiteName, workers: Workers = 2) -> None:
+    """Run, collect and plot a suite."""
+    run(suite, workers)
+    collect(suite)
+    plot(suite)
+
+
+def speed(peer: Path | None = None, rounds: int = 7) -> None:
+    """Measure planning updates and real steps a second.
+
+    Args:
+        peer: Checkout of ShangtongZhang/reinforcement-learning-an-introduction, or its chapter08/maze.py.
+        rounds: How often each contestant is measured; the medians are printed.
+    """
+    try:
+        print(measure(peer, rounds))
+    except FileNotFoundError as error:
+        fail(str(error), 2)
+
+
+def stop(number: int, _: Any) -> None:
+    """Leaves as after Ctrl-C, so that the running scripts are told to stop."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    commands = {"all": run_collect_plot, "run": run, "collect": collect, "plot": plot, "speed": speed}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
+    except KeyboardInterrupt:
+        sys.exit(130)

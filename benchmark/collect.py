@@ -1,0 +1,84 @@
+"""Turns the TensorBoard events of a suite's runs into two CSV files in `benchmark/results`.
+
+`SUITE.csv` holds a row for each training episode or evaluation; the same seeds give the same bytes. `SUITE_runs.csv`
+holds a row for each run, with the time that it took.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+from .run import find_runs, is_finished
+from .suites import RESULTS, Entry, Incomplete, Suite
+
+COLUMNS = ["algorithm", "env", "seed", "env_steps", "return", "length"]
+RUN_COLUMNS = ["algorithm", "env", "seed", "env_steps", "episodes", "wall_seconds", "eval_return_mean"]
+GROUP = {"episodes": "charts", "evaluations": "eval"}
+
+
+def read_scalars(run: Path, *tags: str) -> list[list[tuple[int, float]]]:
+    """The points (environment step, value) of each tag in the event files of a run folder, in the order of logging."""
+    points: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags}
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag in points:
+                    points[value.tag].append((event.step, value.simple_value))
+    return [points[tag] for tag in tags]
+
+
+def number(value: float) -> str:
+    """Shortest decimal that is the same 32-bit number as was logged: 0.43, not 0.4300000071525574; 844, not 844.0."""
+    return np.format_float_positional(np.float32(value), trim="-")
+
+
+def runs_of(suite: Suite) -> list[tuple[Entry, int, Path]]:
+    """All runs of a suite in the order of its declaration; raises Incomplete if one is not there or not finished."""
+    runs, missing = [], 0
+    for entry in suite.entries:
+        found, _ = find_runs(suite, entry)
+        finished = {seed: run for seed, run in found.items() if is_finished(run)}
+        missing += sum(seed not in finished for seed in range(1, entry.seeds + 1))
+        runs += [(entry, seed, finished[seed]) for seed in range(1, entry.seeds + 1) if seed in finished]
+    if missing:
+        raise Incomplete(f"{missing} runs of {suite.name} are not finished: python -m benchmark run {suite.name}")
+    return runs
+
+
+def rows_of(suite: Suite, run: Path) -> list[list[str]]:
+    """Environment steps, return and length of each episode or evaluation of one run."""
+    group = GROUP[suite.collect]
+    returns, lengths = read_scalars(run, f"{group}/episodic_return", f"{group}/episodic_length")
+    needed = suite.first_episodes or 1  # a run without a row would drop out of the mean, and the worst runs first
+    if len(returns) < needed:
+        raise Incomplete(f"{run} has {len(returns)} {suite.collect}, not {needed}: its total_timesteps are too few")
+    returns, lengths = returns[: suite.first_episodes], lengths[: suite.first_episodes]
+    return [
+        [str(step), number(episodic_return), number(length)]
+        for (step, episodic_return), (_, length) in zip(returns, lengths, strict=True)
+    ]
+
+
+def write_csv(path: Path, columns: list[str], rows: Iterable[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def collect_suite(suite: Suite) -> None:
+    """Writes both CSV files of a suite."""
+    rows, run_rows = [], []
+    for entry, seed, run in runs_of(suite):
+        run_of = [entry.label, entry.env_id, seed]
+        rows += [run_of + row for row in rows_of(suite, run)]
+        result = json.loads((run / "result.json").read_text())
+        result["wall_seconds"] = round(result["wall_seconds"], 2)
+        run_rows.append(run_of + [result[column] for column in RUN_COLUMNS[3:]])
+    write_csv(RESULTS / f"{suite.name}.csv", COLUMNS, rows)
+    write_csv(RESULTS / f"{suite.name}_runs.csv", RUN_COLUMNS, run_rows)

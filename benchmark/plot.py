@@ -1,0 +1,187 @@
+"""Draws the figure of a suite from its CSV file, and prints the numbers behind it as a Markdown table.
+
+The SVG is made to be read on a light and on a dark page: nothing behind the axes, grey text, and colours that stand out
+from white and from black and that colour-blind eyes can tell apart (Okabe and Ito, 2008). The same CSV gives the same
+bytes.
+"""
+
+import csv
+from collections import defaultdict
+from itertools import cycle
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .suites import RESULTS, Incomplete, Suite
+
+GREY = "#808080"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LABEL_GAP = 0.06  # between two labels, as a fraction of the height of the axes
+STYLE = {
+    "svg.hashsalt": "benchmark",
+    "font.size": 10,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.2,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+def read_runs(suite: Suite) -> dict[str, dict[str, list[np.ndarray]]]:
+    """env -> algorithm -> the runs: arrays (rows, 3) of environment steps, return, length."""
+    path = RESULTS / f"{suite.name}.csv"
+    rows: dict[tuple[str, str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    if not path.exists():
+        raise Incomplete(f"there is no {path}: python -m benchmark all {suite.name}")
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            values = float(row["env_steps"]), float(row["return"]), float(row["length"])
+            rows[row["env"], row["algorithm"], row["seed"]].append(values)
+    runs: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    for (env, algorithm, _), values in rows.items():
+        runs[env][algorithm].append(np.array(values))
+    for entry in suite.entries:
+        if (found := len(runs[entry.env_id][entry.label])) != entry.seeds:
+            message = f"{path} has {found} runs of {entry.label}, not {entry.seeds}"
+            raise Incomplete(f"{message}: python -m benchmark all {suite.name}")
+    return runs
+
+
+def curves_of(suite: Suite, runs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The x that all runs share, (points,), and the y of each run, (runs, points).
+
+    A cumulative return counts episodes when they end: exact where all reward comes in the last step, as in the mazes.
+    """
+    if suite.curve == "length":
+        points = min(len(run) for run in runs)
+        return np.arange(1, points + 1), np.stack([run[:points, 2] for run in runs])
+    if suite.curve == "return":
+        return runs[0][:, 0], np.stack([run[:, 1] for run in runs])
+    x = np.linspace(*suite.xlim, 301)
+    sums = [np.concatenate([[0.0], np.cumsum(run[:, 1])]) for run in runs]
+    ended = [np.searchsorted(run[:, 0], x, side="right") for run in runs]
+    return x, np.stack([total[index] for total, index in zip(sums, ended, strict=True)])
+
+
+def interquartile_mean(scores: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean of what is left after the lowest and the highest quarter are cut off (Agarwal et al., 2021)."""
+    runs = scores.shape[axis]
+    middle = np.arange(runs // 4, runs - runs // 4)
+    return np.sort(scores, axis).take(middle, axis).mean(axis)
+
+
+def bootstrap_interval(scores: np.ndarray, resamples: int = 2_000) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the interquartile mean over the runs, (runs, points) -> two times (points,).
+
+    Percentile bootstrap over whole runs. Stratified: each algorithm in each environment is resampled by itself.
+    """
+    drawn = np.random.default_rng(0).integers(len(scores), size=(resamples, len(scores)))
+    low, high = np.percentile(interquartile_mean(scores[drawn], axis=1), [2.5, 97.5], axis=0)
+    return low, high
+
+
+def summarize(suite: Suite, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Centre, lower and upper end of what is drawn, (runs, points) -> three times (points,)."""
+    if suite.statistic == "iqm":
+        return interquartile_mean(scores), *bootstrap_interval(scores)
+    centre, error = scores.mean(0), scores.std(0, ddof=1) / np.sqrt(len(scores))
+    return centre, centre - error, centre + error
+
+
+def spread(heights: list[float]) -> list[float]:
+    """Moves heights between 0 and 1 so far apart that labels there do not overlap.
+
+    Their order is kept; of two heights that look the same, the first comes out above.
+    """
+    order = sorted(range(len(heights)), key=lambda index: (round(heights[index], 2), -index))
+    moved = np.array(heights)[order]
+    for _ in range(1_000):
+        for below in range(len(moved) - 1):
+            overlap = LABEL_GAP - (moved[below + 1] - moved[below])
+            if overlap > 0:
+                moved[below : below + 2] += -overlap / 2, overlap / 2
+        moved = moved.clip(0.0, 1.0)
+    return moved[np.argsort(order)].tolist()
+
+
+def draw_panel(axes: Axes, suite: Suite, env: str, algorithms: dict[str, list[np.ndarray]]) -> None:
+    """The curves of one environment, each with its label at its end."""
+    axes.set(xlim=suite.xlim, ylim=suite.ylim, xlabel=suite.xlabel, ylabel=suite.ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    low, high = suite.ylim
+    ours = dict.fromkeys(entry.label for entry in suite.entries if not entry.baseline)
+    colours, labels = dict(zip(ours, cycle(COLOURS), strict=False)), []
+    for entry in (entry for entry in suite.entries if entry.env_id == env):
+        x, scores = curves_of(suite, algorithms[entry.label])
+        centre, lower, upper = summarize(suite, scores)
+        colour = GREY if entry.baseline else colours[entry.label]
+        axes.plot(x, centre, color=colour, linewidth=1.8)
+        axes.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0)
+        labels.append((entry.label, colour, (centre[-1] - low) / (high - low)))
+    if suite.horizontal:
+        height, text = suite.horizontal
+        axes.axhline(height, color=GREY, linewidth=0.8)
+        labels.append((text, GREY, (height - low) / (high - low)))
+    for (text, colour, _), height in zip(labels, spread([label[2] for label in labels]), strict=True):
+        axes.text(1.015, height, text, color=colour, va="center", transform=axes.transAxes)
+    if suite.vertical:
+        x, text = suite.vertical
+        axes.axvline(x, color=GREY, linewidth=0.8, linestyle="--")
+        offset = {"xytext": (5, -3), "textcoords": "offset points"}
+        axes.annotate(text, (x, high), va="top", fontsize=9, linespacing=1.3, **offset)
+
+
+def draw(suite: Suite) -> Figure:
+    """The figure of a suite: a panel for each environment."""
+    runs = read_runs(suite)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7 * len(runs), 4), layout="constrained")
+        panels = figure.subplots(1, len(runs), squeeze=False)[0]
+        for axes, (env, algorithms) in zip(panels, runs.items(), strict=True):
+            draw_panel(axes, suite, env, algorithms)
+            axes.set_title(suite.title if len(runs) == 1 else env)
+        if len(runs) > 1:
+            figure.suptitle(suite.title)
+    return figure
+
+
+def table(suite: Suite) -> str:
+    """Markdown table of the drawn numbers at the x of `suite.table_at`."""
+    lines = [
+        f"| {suite.xlabel} | " + " | ".join(f"{x:,}" for x in suite.table_at) + " |",
+        "|---" * (len(suite.table_at) + 1) + "|",
+    ]
+    for env, algorithms in read_runs(suite).items():
+        for label, runs in algorithms.items():
+            x, scores = curves_of(suite, runs)
+            at = np.searchsorted(x, suite.table_at)
+            numbers = zip(*(values[at] for values in summarize(suite, scores)), strict=True)
+            if suite.statistic == "mean":
+                cells = [f"{centre:.1f} ± {upper - centre:.1f}" for centre, _, upper in numbers]
+            else:
+                cells = [f"{centre:.3f} [{lower:.3f}, {upper:.3f}]" for centre, lower, upper in numbers]
+            lines.append(f"| {env}, {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_suite(suite: Suite) -> None:
+    """Writes the SVG of a suite and prints its table."""
+    figure = draw(suite)
+    with rc_context(STYLE):
+        figure.savefig(RESULTS / f"{suite.name}.svg", metadata={"Date": None})
+    print(table(suite))

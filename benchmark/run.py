@@ -1,0 +1,144 @@
+"""Makes the runs of a suite: each is a command that a user could type, several of them side by side.
+
+What was already made is kept: a finished run is not repeated, an interrupted one is continued from its checkpoint. Both
+only if it was made with the arguments that the suite declares now. The script itself may have changed since: whoever
+changes a script deletes `benchmark/runs`.
+"""
+
+import fcntl
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from .suites import ROOT, RUNS, Entry, Suite
+
+NOT_COMPARED = {"seed", "run_dir", "resume", "evaluate"}
+
+
+@dataclass
+class Job:
+    """A run to be made: the command without the interpreter, and the file for what it prints."""
+
+    command: list[str]
+    log: Path
+    process: subprocess.Popen | None = None
+
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command])
+
+    def start(self) -> bool:
+        """Starts the command, one thread to it; False if another process is still at this run.
+
+        The command inherits the lock with the file, so that the lock outlives a killed `python -m benchmark run`.
+        """
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            log.truncate(0)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *self.command]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return True
+
+
+def folder_of(suite: Suite, entry: Entry) -> Path:
+    """Where the run folders of an entry lie."""
+    return RUNS / suite.name / re.sub(r"[^\w+=.-]+", "_", f"{entry.label} {entry.env_id}")
+
+
+def arguments_of(suite: Suite, entry: Entry) -> list[str]:
+    """The command line of an entry, without the script and the seed."""
+    fixed = f"--env-id {entry.env_id} --total-timesteps {entry.total_timesteps}"
+    run_dir = ["--run-dir", str(folder_of(suite, entry).relative_to(ROOT))]
+    return [*shlex.split(f"{fixed} {suite.arguments} {entry.arguments}"), *run_dir]
+
+
+def find_runs(suite: Suite, entry: Entry) -> tuple[dict[int, Path], list[Path]]:
+    """Run folders made with the arguments that the suite declares, by seed, and those made with other arguments."""
+    script = Path(entry.script).stem
+    args = tyro.cli(importlib.import_module(script).Args, args=arguments_of(suite, entry))
+    declared = json.loads(json.dumps(vars(args)))  # as it would come back from the file: lists, not tuples
+    found, others = {}, []
+    for path in sorted(folder_of(suite, entry).glob("*/args.json")):
+        saved = json.loads(path.read_text())
+        same = comparable(saved["args"]) == comparable(declared)
+        if not same or saved["script"] != script:
+            others.append(path.parent)
+        elif (seed := saved["args"]["seed"]) not in found or not is_finished(found[seed]):
+            found[seed] = path.parent
+    return found, others
+
+
+def comparable(args: dict) -> dict:
+    """What decides whether two runs are runs of the same entry."""
+    return {name: value for name, value in args.items() if name not in NOT_COMPARED}
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run got to its end."""
+    return (run / "result.json").exists()
+
+
+def jobs_of(suite: Suite) -> tuple[list[Job], list[Path]]:
+    """What is left to do of a suite, and the run folders that have to be left aside."""
+    jobs, aside = [], []
+    for entry in suite.entries:
+        found, others = find_runs(suite, entry)
+        aside += others
+        for seed in range(1, entry.seeds + 1):
+            log = folder_of(suite, entry) / f"seed_{seed}.log"
+            if seed not in found:
+                jobs.append(Job([entry.script, *arguments_of(suite, entry), "--seed", str(seed)], log))
+            elif not is_finished(found[seed]):
+                jobs.append(Job([entry.script, "--resume", str(found[seed].relative_to(ROOT))], log))
+    return jobs, aside
+
+
+def run_suite(suite: Suite, workers: int) -> int:
+    """Makes the missing runs, `workers` at a time; returns how many failed.
+
+    Ctrl-C and SIGTERM are passed on; the scripts write a checkpoint, from which the next call continues.
+    """
+    waiting, aside = jobs_of(suite)
+    for path in aside:
+        print(f"left aside, made with other arguments than {suite.name} declares: {path.relative_to(ROOT)}")
+    total = sum(entry.seeds for entry in suite.entries)
+    running: list[Job] = []
+    failed = 0
+    with tqdm(total=total, initial=total - len(waiting), desc=suite.name, unit="run") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    job = waiting.pop(0)
+                    if job.start():
+                        running.append(job)
+                    else:
+                        failed += 1
+                        bar.write(f"failed: {job}\n  another process is at this run", sys.stderr)
+                time.sleep(0.02)
+                for job in [job for job in running if job.process.poll() is not None]:
+                    running.remove(job)
+                    bar.update()
+                    if job.process.returncode:
+                        failed += 1
+                        last_lines = "\n  ".join(job.log.read_text().splitlines()[-5:])
+                        bar.write(f"failed (status {job.process.returncode}): {job}\n  {last_lines}", sys.stderr)
+        finally:
+            for job in running:
+                job.process.terminate()
+            for job in running:
+                job.process.wait()
+    return failed

@@ -1,0 +1,155 @@
+"""The benchmark: declared runs are made, continued, collected and drawn, and its statistics are right."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmark import collect, plot, run, suites
+
+SMALL = suites.Suite(
+    name="small",
+    title="Two agents in a maze",
+    entries=(
+        suites.Entry("Q-learning", "dyna_q.py", "DynaMaze-v0", 6_000, 2, "--n-planning 0", baseline=True),
+        suites.Entry("Dyna-Q+", "dyna_q_plus.py", "DynaMaze-v0", 6_000, 2, "--n-planning 5"),
+    ),
+    arguments="--eval-every 2000 --checkpoint-every 500",
+    collect="evaluations",
+    curve="return",
+    statistic="iqm",
+    xlabel="environment steps",
+    ylabel="return",
+    xlim=(0, 6_000),
+    ylim=(0, 1),
+    table_at=(2_000, 6_000),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root of its own for runs and results, with the scripts in it."""
+    for script in ROOT.glob("*.py"):
+        (tmp_path / script.name).symlink_to(script)
+    for module, names in ((run, ("ROOT", "RUNS")), (collect, ("RESULTS",)), (plot, ("RESULTS",))):
+        for name in names:
+            monkeypatch.setattr(module, name, tmp_path / {"ROOT": "", "RUNS": "runs", "RESULTS": "results"}[name])
+    return tmp_path
+
+
+def test_runs_are_made_once_collected_and_drawn(folder, monkeypatch):
+    assert run.run_suite(SMALL, 2) == 0
+    jobs, aside = run.jobs_of(SMALL)
+    assert (jobs, aside) == ([], [])
+    collect.collect_suite(SMALL)
+    lines = (folder / "results" / "small.csv").read_text().splitlines()
+    assert lines[0] == "algorithm,env,seed,env_steps,return,length"
+    assert [line.split(",")[:4] for line in lines[1:4]] == [
+        ["Q-learning", "DynaMaze-v0", "1", str(step)] for step in (2_000, 4_000, 6_000)
+    ]
+    for line in lines[1:]:
+        assert 0.0 <= float(line.split(",")[4]) <= 1.0
+    plot.plot_suite(SMALL)
+    first = (folder / "results" / "small.svg").read_bytes()
+    plot.plot_suite(SMALL)
+    assert (folder / "results" / "small.svg").read_bytes() == first
+    # Another declaration: what was made for the old one is left aside, not taken for the new one.
+    changed = dataclasses.replace(SMALL, arguments=SMALL.arguments + " --epsilon 0.2")
+    jobs, aside = run.jobs_of(changed)
+    assert (len(jobs), len(aside)) == (4, 4)
+    with pytest.raises(suites.Incomplete, match="4 runs of small are not finished"):
+        collect.collect_suite(changed)
+
+
+def test_an_interrupted_benchmark_ends_with_the_same_bytes(folder):
+    assert run.run_suite(SMALL, 2) == 0
+    collect.collect_suite(SMALL)
+    whole = (folder / "results" / "small.csv").read_bytes()
+    (folder / "runs").rename(folder / "other")
+    (job, *_), _ = run.jobs_of(SMALL)
+    process = subprocess.Popen([sys.executable, *job.command], cwd=folder, stdout=subprocess.PIPE)
+    while not list((folder / "runs").rglob("checkpoint*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    jobs, _ = run.jobs_of(SMALL)
+    assert sum("--resume" in job.command for job in jobs) == 1
+    assert len(jobs) == 4
+    assert run.run_suite(SMALL, 2) == 0
+    collect.collect_suite(SMALL)
+    assert (folder / "results" / "small.csv").read_bytes() == whole
+
+
+def test_a_failed_run_is_shown_and_the_others_go_on(folder, capsys):
+    broken = dataclasses.replace(SMALL.entries[0], label="broken", env_id="Nope-v0", seeds=1)
+    assert run.run_suite(dataclasses.replace(SMALL, entries=(broken, SMALL.entries[1])), 2) == 1
+    assert "doesn't exist" in capsys.readouterr().err
+    assert len(list((folder / "runs").rglob("result.json"))) == 2
+
+
+def test_unknown_suite_is_one_line_and_status_2():
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmark", "run", "nope"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
+    assert "figure_8_2" in process.stderr
+
+
+@pytest.mark.parametrize("suite", suites.SUITES.values(), ids=lambda suite: suite.name)
+def test_committed_results_are_those_of_the_declared_suites(suite):
+    for env, algorithms in plot.read_runs(suite).items():
+        for label, runs in algorithms.items():
+            assert all(np.isfinite(rows).all() for rows in runs), (env, label)
+    assert (suites.RESULTS / f"{suite.name}.svg").exists()
+    for line in plot.table(suite).splitlines()[2:]:  # the tables of the README are these
+        numbers = line.split("|", 2)[2]
+        assert numbers in (ROOT / "benchmark" / "README.md").read_text()
+
+
+def test_interquartile_mean():
+    assert plot.interquartile_mean(np.arange(1.0, 9.0)) == 4.5
+    assert plot.interquartile_mean(np.array([0.0, 1.0, 2.0, 1e9])) == 1.5
+    scores = np.full((20, 3), 0.7)
+    low, high = plot.bootstrap_interval(scores)
+    np.testing.assert_allclose((low, high), 0.7)
+
+
+def test_bootstrap_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = plot.bootstrap_interval(rng.normal(size=(40, 1)), resamples=300)
+        inside += int(low[0] < 0 < high[0])
+    assert 170 <= inside <= 200
+
+
+def test_cumulative_return_jumps_where_an_episode_ends():
+    suite = dataclasses.replace(SMALL, curve="cumulative return", xlim=(0, 300))
+    x, (total,) = plot.curves_of(suite, [np.array([[50.0, 1.0, 50.0], [200.0, 2.0, 150.0]])])
+    assert [total[x == step][0] for step in (0, 49, 50, 199, 200, 300)] == [0, 0, 1, 1, 3, 3]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_labels_do_not_overlap_and_keep_their_order(heights):
+    moved = plot.spread(heights)
+    for one, two in zip(sorted(moved)[:-1], sorted(moved)[1:], strict=True):
+        assert two - one > plot.LABEL_GAP - 0.01
+    assert min(moved) > -0.01
+    assert max(moved) < 1.01
+    for i, j in ((i, j) for i in range(len(heights)) for j in range(len(heights)) if heights[i] > heights[j] + 0.01):
+        assert moved[i] > moved[j]
+
+
+def test_logged_numbers_come_back_as_they_were():
+    assert [collect.number(float(np.float32(value))) for value in (0.43, 844.0, -13.25)] == ["0.43", "844", "-13.25"]
