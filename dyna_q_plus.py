@@ -86,7 +86,7 @@ class Args:
     eval_every: int = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: int = 5
-    """Episodes in an evaluation. Where the environment has no time limit, each ends after 1,000 steps at the latest."""
+    """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
     checkpoint_every: int = 10_000
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
