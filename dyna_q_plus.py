@@ -8,8 +8,9 @@ Dyna-Q plans with what its model predicts, and never finds out that a wall has m
 adds a bonus to the reward that planning sees, the larger the longer a state-action pair has not been tried in reality;
 planning carries it back to the states from which the pair can be reached, and so plans whole journeys of exploration.
 
-The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3) is that of dyna_q.py, but for (f):
+The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3) is dyna_q.py, but for (e), (f):
 
+    Initialize Q(s, a) and Model(s, a) for all s, a
     Loop forever:
       (a) S <- current (nonterminal) state
       (b) A <- epsilon-greedy(S, Q), ties broken at random
@@ -23,13 +24,15 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3)
 
 That untried actions take part in planning is a footnote of the book on which everything depends: without it the bonus
 draws the agent only to what it already knows. The clock of tau runs through all episodes. `--bonus-on action` is
-Exercise 8.4: the bonus is used to choose actions, argmax_a Q(S, a) + kappa sqrt(tau(S, a)), and not in planning.
+Exercise 8.4: the bonus is used to choose actions, argmax_a Q(S, a) + kappa sqrt(tau(S, a)), and not in planning (but
+still a random one with probability epsilon).
 
 Run:     python dyna_q_plus.py
          python dyna_q_plus.py --env-id ShortcutMaze-v0
          python dyna_q_plus.py --help
 Expect:  in about a second, the shortest path through the maze as it is after its walls have moved (10 of 10 seeds):
-         16 steps in the blocking maze, and with the second command 10 steps in the shortcut maze.
+         16 steps in the blocking maze, and with the second command 10 steps in the shortcut maze. The evaluated
+         policy is greedy in values that the learned model gives without the bonus; Q itself holds the bonus.
 """
 
 import ast
@@ -65,7 +68,7 @@ from tqdm import tqdm
 
 
 class Failure(Exception):
-    """Something the user can mend. `main` prints it as one line and exits with status 2."""
+    """Something the user can fix. `main` prints it as one line and exits with status 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ class Args:
     resume: str | None = None
     """Run folder to continue exactly where its last checkpoint was written."""
     evaluate: str | None = None
-    """Run folder whose agent to evaluate, without learning and without changing the folder."""
+    """Run folder whose agent to evaluate, without learning; nothing but videos is added to the folder."""
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
@@ -116,10 +119,20 @@ class Args:
     """Where the bonus counts: in the reward of planning updates, or in the choice of actions only (Exercise 8.4)."""
 
     def __post_init__(self):
-        check_ranges(self, total_timesteps=(0, math.inf), seed=(0, 2**32 - 1), eval_every=(1, math.inf))
-        check_ranges(self, eval_episodes=(1, math.inf), checkpoint_every=(1, math.inf))
-        check_ranges(self, alpha=(1e-9, 1), gamma=(0, 1), epsilon=(0, 1), n_planning=(0, math.inf))
-        check_ranges(self, initial_q=(-1e9, 1e9), kappa=(0, 1e9))
+        check_ranges(
+            self,
+            total_timesteps=(0, math.inf),
+            seed=(0, 2**32 - 1),
+            eval_every=(1, math.inf),
+            eval_episodes=(1, math.inf),
+            checkpoint_every=(1, math.inf),
+            alpha=(1e-9, 1),
+            gamma=(0, 1),
+            epsilon=(0, 1),
+            n_planning=(0, math.inf),
+            initial_q=(-1e9, 1e9),
+            kappa=(0, 1e9),
+        )
 
 
 def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
@@ -169,8 +182,8 @@ class Maze(gym.Env):
 
     @property
     def desc(self) -> np.ndarray:
-        """The layout of the moment, (rows, columns) of single characters."""
-        return self.layouts[self.clock >= self.change_at]
+        """The current layout, (rows, columns) of single characters."""
+        return self.layouts[-1 if self.clock >= self.change_at else 0]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[int, dict]:
         super().reset(seed=seed)
@@ -233,7 +246,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
             env.render()
         return env
     except Exception as error:
-        hint = "; write module:Name-v0 for one of another package" * isinstance(error, gym.error.UnregisteredEnv)
+        unknown = isinstance(error, gym.error.UnregisteredEnv)
+        hint = "; an environment of another package is named module:Name-v0" if unknown else ""
         raise Failure(f"cannot make the environment {args.env_id}: {error}{hint}") from error
 
 
@@ -255,7 +269,7 @@ def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
 def check_observation(obs: Any, space: gym.Space) -> None:
     """Raises ValueError for an observation that the space does not contain."""
     if type(obs) is int and isinstance(space, gym.spaces.Discrete):
-        inside = 0 <= obs - space.start < space.n  # a quarter of what `in` takes, which is as long as the whole step
+        inside = 0 <= obs - space.start < space.n  # `in` takes four times as long, and as long as all else of a step
     else:
         inside = obs in space
     if not inside:
@@ -268,7 +282,7 @@ def memory_of(env: gym.Env) -> dict:
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different keys give independent streams.
+    """A seed of one purpose, from the run's seed and the purpose's number; streams of different keys are independent.
 
     The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
     """
@@ -330,18 +344,21 @@ class Episode:
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 class Model:
-    """Tabular model of the environment: how often each outcome followed each state-action pair, and with what reward.
+    """Tabular model of the world: how often each outcome followed each state-action pair, and with what reward.
 
-    `cells` is what planning reads: `num_actions` cells for every state observed so far, each of them
-    (Q row of the state, action, mean reward, [(gamma * probability, Q row of the successor), ...]); until its action is
-    tried, a cell predicts reward 0 and the state itself. A terminal successor is left out of the list, which gives it
-    the value 0; an episode cut short leaves no trace here. `last_tried` says for every cell when its action was last
-    tried in reality, on a `clock` of real steps that runs through all episodes.
+    `outcomes` is the model. `cells` says the same in the form that planning reads: `num_actions` cells for
+    every state left so far, each of them
+    (Q row of the state, action, mean reward, [(gamma * probability, Q row of the successor), ...]). A terminal
+    successor is left out of the list, which gives it the value 0; a truncated step keeps the value of its successor.
+    Until its action is tried, a cell predicts reward 0 and the state itself. `last_tried` says for every cell when its
+    action was last tried in reality, on a `clock` of real steps that runs through all episodes.
     """
 
     def __init__(self, q: dict[Hashable, list[float]], num_actions: int, args: Args):
         self.q, self.num_actions, self.gamma, self.kind = q, num_actions, args.gamma, args.model
-        self.outcomes: dict[tuple, dict[tuple, tuple[int, float]]] = {}  # (s, a) -> (s', terminated) -> count, rewards
+        self.outcomes: dict[
+            tuple, dict[tuple, tuple[int, float]]
+        ] = {}  # (s, a) -> (s', terminated) -> count, sum of rewards
         self.first_cell: dict[Hashable, int] = {}
         self.cells: list[tuple] = []
         self.last_tried: list[int] = []
@@ -353,13 +370,13 @@ class Model:
         outcomes = self.outcomes.setdefault((state, action), {})
         if self.kind == "last":
             outcomes.clear()
-        count, rewards = outcomes.get((next_state, terminated), (0, 0.0))
-        outcomes[next_state, terminated] = count + 1, rewards + reward
-        self.predict(state, action)
+        count, reward_sum = outcomes.get((next_state, terminated), (0, 0.0))
+        outcomes[next_state, terminated] = count + 1, reward_sum + reward
+        self.write_cell(state, action)
         self.last_tried[self.first_cell[state] + action] = self.clock
 
-    def predict(self, state: Hashable, action: int) -> None:
-        """Writes the cell of a pair from the counts of its outcomes."""
+    def write_cell(self, state: Hashable, action: int) -> None:
+        """Writes the planner's cell of a pair from the counts of its outcomes."""
         if state not in self.first_cell:
             self.first_cell[state] = len(self.cells)
             row = self.q[state]
@@ -367,7 +384,7 @@ class Model:
             self.last_tried += [0] * self.num_actions
         outcomes = self.outcomes[state, action]
         visits = sum(count for count, _ in outcomes.values())
-        reward = sum(rewards for _, rewards in outcomes.values()) / visits
+        reward = sum(reward_sum for _, reward_sum in outcomes.values()) / visits
         successors = [
             (self.gamma * count / visits, self.q[next_state])
             for (next_state, terminated), (count, _) in outcomes.items()
@@ -391,7 +408,7 @@ class Model:
             pair = ast.literal_eval(pair_state), action
             self.outcomes.setdefault(pair, {})[ast.literal_eval(next_state), terminated] = count, rewards
         for pair in self.outcomes:
-            self.predict(*pair)
+            self.write_cell(*pair)
         self.clock, self.last_tried = state["clock"], state["last_tried"]
 
     def bonus(self, state: Hashable, kappa: float) -> list[float]:
@@ -427,10 +444,10 @@ class Planner:
             self.draws = self.rng.integers(self.drawn_from, size=n * self.steps_drawn_at_once).tolist()
         for cell in self.draws[:n]:
             row, action, reward, successors = cells[cell]
-            reward += kappa * math.sqrt(clock - last_tried[cell])
+            target = reward + kappa * math.sqrt(clock - last_tried[cell])
             for weight, next_row in successors:  # weight = gamma * p(s' | s, a)
-                reward += weight * max(next_row)
-            row[action] += alpha * (reward - row[action])
+                target += weight * max(next_row)
+            row[action] += alpha * (target - row[action])
         del self.draws[:n]
 
     def state_dict(self) -> dict:
@@ -476,8 +493,10 @@ class Agent:
             row = [value + extra for value, extra in zip(row, bonus, strict=True)]
         return self.first_action + random_argmax(row, self.rng)
 
-    def observe(self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool) -> None:
-        """Direct Q-learning and model learning from one real step. A truncated step is not a terminated one."""
+    def observe(
+        self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
+    ) -> None:
+        """Direct Q-learning and model learning from a real step; a truncated one keeps the value of its next state."""
         state, next_state, action = self.key(obs), self.key(next_obs), action - self.first_action
         target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
         error = target - self.q[state][action]
@@ -487,7 +506,7 @@ class Agent:
 
     def update(self) -> None:
         """The planning updates that follow a real step."""
-        if self.args.n_planning:
+        if self.args.n_planning and self.model.cells:
             self.planner.plan(self.args.n_planning)
 
     def greedy_policy(self, seed: int) -> Callable[[Any], int]:
@@ -501,11 +520,15 @@ class Agent:
         `q` holds the bonus: greedy in it, a policy that no longer learns would for ever go and see one wall again.
         """
         if self.valued_at != self.model.clock:
-            rows = {id(row): [0.0] * self.num_actions for row in self.q.values()}
+            rows = {id(row): [-math.inf] * self.num_actions for row in self.q.values()}  # untried: not an option
+            tried = [cell for cell, last in zip(self.model.cells, self.model.last_tried, strict=True) if last]
+            for row, action, _, _ in tried:
+                rows[id(row)][action] = 0.0
             for _ in range(1_000):
                 change = 0.0
-                for row, action, reward, successors in self.model.cells:
-                    value = reward + sum(weight * max(rows[id(next_row)]) for weight, next_row in successors)
+                for row, action, reward, successors in tried:
+                    best = ((weight, max(rows[id(next_row)])) for weight, next_row in successors)
+                    value = reward + sum(weight * (most if most > -math.inf else 0.0) for weight, most in best)
                     change = max(change, abs(value - rows[id(row)][action]))
                     rows[id(row)][action] = value
                 if change < 1e-6:
@@ -581,7 +604,7 @@ def draw_grid(env: gym.Env, agent: Agent) -> tuple[str, Image.Image] | None:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.json.gz"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
-CHANGEABLE |= {"capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -594,7 +617,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Reads what `write_checkpoint` wrote, running no code of it; raises some exception where the file is damaged."""
+    """Reads what `write_checkpoint` wrote, executing no code; raises an exception of some kind where it is damaged."""
     with gzip.open(path, "rt") as text:
         return json.load(text)
 
@@ -606,12 +629,12 @@ def parse_args() -> Args:
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
         default = Args(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
-    if saved["script"] != SCRIPT:
-        raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
     args = tyro.cli(Args, default=default)
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
@@ -647,8 +670,11 @@ class Run:
             if offset == 0:
                 rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
                 summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
-                self.write(Event(wall_time=time.time(), file_version="brain.Event:2", summary=summary))
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=args.evaluate or None)
+                self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+                self.write(Event(wall_time=time.time(), summary=summary))
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.step, unit="step", disable=True if args.evaluate else None
+        )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
         """Yields the number of environment steps up to and with the one that the caller makes next (or the `stride`
@@ -667,18 +693,15 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                done = self.step >= args.total_timesteps
-                periods = self.log_every, args.eval_every, args.checkpoint_every
-                log, evaluate, save = (done or self.step // period > before // period for period in periods)
-                if log:
+                if self.due(self.log_every, before):
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
-                if evaluate:
+                if self.due(args.eval_every, before):
                     self.evaluate()
-                if save or caught:
+                if self.due(args.checkpoint_every, before) or caught:
                     self.save()
-                if caught and not done:
+                if caught and self.step < args.total_timesteps:
                     self.bar.close()
                     print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.path}")
                     sys.exit(128 + caught[0])
@@ -686,6 +709,10 @@ class Run:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` lies behind step `before`, up to this one; at the end everything is due."""
+        return self.step >= self.args.total_timesteps or self.step // every > before // every
 
     def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
         """Writes scalars and pictures under their TensorBoard tags, x = environment steps. A NaN is a Failure."""
@@ -725,6 +752,8 @@ class Run:
                     frames.append(Image.fromarray(env.render()).quantize())
                 _, _, terminated, truncated = episode.step(policy(episode.obs))
                 done = terminated or truncated
+            if args.capture_video and index == 0:
+                frames.append(Image.fromarray(env.render()).quantize())
             self.returns.append(episode.episodic_return)
             lengths.append(len(episode.actions))
         mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
@@ -786,7 +815,7 @@ class Run:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file that is at no instant half there."""
+    """Writes a JSON file atomically."""
     new = path.with_name(f"new.{path.name}")
     new.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(new, path)
@@ -813,7 +842,7 @@ def train(args: Args) -> dict:
         obs = episode.obs  # (a)
         action = agent.act(obs)  # (b)
         next_obs, reward, terminated, truncated = episode.step(action)  # (c)
-        agent.observe(obs, action, reward, next_obs, terminated)  # (d) and (e)
+        agent.observe(obs, action, reward, next_obs, terminated, truncated)  # (d) and (e)
         agent.update()  # (f)
         if terminated or truncated:
             run.log_episode(step, episode)
@@ -825,7 +854,7 @@ def train(args: Args) -> dict:
 
 
 def main() -> None:
-    """The command line; what the user can mend is one line on stderr and status 2."""
+    """The command line; what the user can fix is one line on stderr and status 2."""
     try:
         train(parse_args())
     except (Failure, OSError) as error:

@@ -407,3 +407,25 @@ def test_arrows_of_the_drawn_policy_are_greedy_and_point_where_they_lead(env_id)
             break
     assert terminated
     assert draw_grid(gym.make("Taxi-v4"), agent) is None
+
+
+def test_a_policy_learns_no_more():
+    agent = small_agent(alpha=1.0)
+    agent.observe(0, 1, 1.0, 3, True)
+    policy = agent.greedy_policy(0)
+    agent.observe(0, 2, 5.0, 3, True)
+    assert policy(0) == 1
+    assert agent.greedy_policy(0)(0) == 2
+
+
+def test_update_before_anything_was_observed_does_nothing():
+    agent = small_agent()
+    agent.update()
+    assert dict(agent.q) == {}
+
+
+def test_a_maze_of_one_layout_may_be_told_to_change():
+    env = gym.make("DynaMaze-v0", change_at=3)
+    env.reset(seed=0)
+    for _ in range(6):
+        env.step(1)

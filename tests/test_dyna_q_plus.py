@@ -79,9 +79,9 @@ def test_without_the_footnote_the_bonus_is_of_no_use(monkeypatch):
             first = model.first_cell[state]
             model.cells[first : first + model.num_actions] = [model.cells[first + action]] * model.num_actions
 
-    predict = dyna_q_plus.Model.predict
+    predict = dyna_q_plus.Model.write_cell
     with_footnote, _ = mean_and_error(dyna_q_plus, 3_000, 10, kappa=1e-4, **FIGURE_8_4)
-    monkeypatch.setattr(dyna_q_plus.Model, "predict", only_tried)
+    monkeypatch.setattr(dyna_q_plus.Model, "write_cell", only_tried)
     without, _ = mean_and_error(dyna_q_plus, 3_000, 10, kappa=1e-4, **FIGURE_8_4)
     assert without[2] < 0.6 * with_footnote[2]
 
@@ -169,8 +169,8 @@ def test_evaluation_uses_values_without_the_bonus():
         agent.update()
     assert max(agent.q[0]) > 50
     values = agent.values()
-    np.testing.assert_allclose(values[0], [1 + 0.5 * 3, 2, 0.5 * 2.5], atol=1e-5)
-    np.testing.assert_allclose(values[1], [0.5 * 3, 3, 0.5 * 3], atol=1e-5)
+    np.testing.assert_allclose(values[0], [1 + 0.5 * 3, 2, -np.inf], atol=1e-5)
+    np.testing.assert_allclose(values[1], [-np.inf, 3, -np.inf], atol=1e-5)
     assert agent.greedy_policy(0)(0) == 0
 
 
@@ -197,3 +197,11 @@ def test_state_survives_a_checkpoint():
     for agent in agents:
         live(agent, second)
     assert agents[0].state_dict() == agents[1].state_dict()
+
+
+def test_an_untried_action_is_not_taken_for_the_best_where_rewards_are_negative():
+    agent = small_agent(gamma=0.9)
+    agent.observe(0, 1, -1.0, 1, False)
+    agent.observe(1, 2, -1.0, 3, True)
+    assert (agent.greedy_policy(0)(0), agent.greedy_policy(0)(1)) == (1, 2)
+    assert agent.values()[0] == pytest.approx([-math.inf, -1.9, -math.inf])

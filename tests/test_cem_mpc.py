@@ -1,0 +1,528 @@
+"""cem_mpc.py against networks written out member by member, finite differences, exact control, and the traps."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, only_run, tiny_args
+from torch import Tensor, nn
+
+import cem_mpc
+from cem_mpc import Agent, Args, Buffer, Ensemble, ensemble_loss, fit, imagine
+
+OBS, ACTION = 3, 2
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_args(**fields: object) -> Args:
+    return tiny_args(cem_mpc, **{"ensemble_size": 4, "num_elites": 2, **fields})
+
+
+def small_model(args: Args | None = None) -> Ensemble:
+    model = Ensemble(OBS, ACTION, args or small_args(), generator())
+    data = torch.randn(50, 2 * OBS + ACTION + 1, generator=generator(1)) * 2 + 1
+    obs, action, delta, reward = data.split([OBS, ACTION, OBS, 1], dim=1)
+    model.set_scale(obs=obs, action=action, delta=delta, reward=reward)
+    with torch.no_grad():
+        for bias in [*model.biases, *model.outcome_biases]:
+            bias.normal_(generator=generator(2))
+    return model
+
+
+def batch_of(rows: int, members: int = 4) -> dict[str, Tensor]:
+    sizes = {"obs": OBS, "action": ACTION, "delta": OBS, "reward": 1}
+    batch = {name: torch.randn(members, rows, size, generator=generator(size)) for name, size in sizes.items()}
+    return batch | {"terminated": (torch.rand(members, rows, 1, generator=generator(9)) < 0.5).float()}
+
+
+# --- ensemble -------------------------------------------------------------------------------------------------------
+def plain_networks(model: Ensemble, member: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """The two networks of one member, of torch's own layers."""
+    networks = []
+    for weights, biases in ((model.weights, model.biases), (model.outcome_weights, model.outcome_biases)):
+        layers = []
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[2])
+            linear.weight.data, linear.bias.data = weight[member].T.clone(), bias[member, 0].clone()
+            layers += [linear, nn.SiLU()]
+        networks.append(nn.Sequential(*layers[:-1]))
+    return tuple(networks)
+
+
+def plain_prediction(model: Ensemble, member: int, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    network, _ = plain_networks(model, member)
+    x = torch.cat([(obs - model.obs_mean) / model.obs_std, (action - model.action_mean) / model.action_std], dim=-1)
+    mean, logvar = network(x).chunk(2, dim=-1)
+    logvar = model.max_logvar - nn.functional.softplus(model.max_logvar - logvar)
+    return mean, model.min_logvar + nn.functional.softplus(logvar - model.min_logvar)
+
+
+def test_ensemble_is_its_members_one_by_one():
+    model, batch = small_model(), batch_of(7)
+    members = torch.tensor([3, 1])
+    mean, std = model.predict(batch["obs"][:2], batch["action"][:2], model.select(members))
+    outcome = model.outcome(batch["action"][:2], batch["delta"][:2], batch["obs"][:2], model.select(members))
+    for row, member in enumerate(members):
+        plain_mean, plain_logvar = plain_prediction(model, int(member), batch["obs"][row], batch["action"][row])
+        torch.testing.assert_close(mean[row], plain_mean * model.delta_std + model.delta_mean)
+        torch.testing.assert_close(std[row], plain_logvar.exp().sqrt() * model.delta_std)
+        x = [model.scale(name, batch[name][row]) for name in ("obs", "delta", "action")]
+        torch.testing.assert_close(outcome[row], plain_networks(model, int(member))[1](torch.cat(x, dim=-1)))
+
+
+def test_loss_is_the_sum_over_members_written_out():
+    model, batch, decay = small_model(), batch_of(7), (0.1, 0.2, 0.3)
+    wanted = 0.01 * (model.max_logvar - model.min_logvar).sum()
+    for member in range(4):
+        row = {name: column[member] for name, column in batch.items()}
+        mean, logvar = plain_prediction(model, member, row["obs"], row["action"])
+        y = (row["delta"] - model.delta_mean) / model.delta_std
+        wanted += 2 * -torch.distributions.Normal(mean, logvar.exp().sqrt()).log_prob(y).mean() - math.log(2 * math.pi)
+        x = [model.scale("obs", row["obs"] + row["delta"]), y, model.scale("action", row["action"])]
+        reward, logit = plain_networks(model, member)[1](torch.cat(x, dim=-1)).unbind(-1)
+        wanted += ((reward - (row["reward"][:, 0] - model.reward_mean) / model.reward_std) ** 2).mean()
+        wanted -= torch.distributions.Bernoulli(logits=logit).log_prob(row["terminated"][:, 0]).mean()
+        wanted += sum(f / 2 * (weight[member] ** 2).sum() for f, weight in zip(decay, model.weights, strict=True))
+    torch.testing.assert_close(ensemble_loss(model, batch, decay), wanted)
+
+
+def test_gradient_of_the_loss_by_finite_differences():
+    model = small_model().double()
+    batch = {name: column.double() for name, column in batch_of(5).items()}
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(ensemble_loss(model, batch, (0.1, 0.2, 0.3)), parameters)
+    rng = np.random.default_rng(0)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        for index in rng.integers(parameter.numel(), size=3):
+            value, losses = parameter.data.view(-1)[index].clone(), []
+            for step in (1e-5, -1e-5):
+                parameter.data.view(-1)[index] = value + step
+                losses.append(ensemble_loss(model, batch, (0.1, 0.2, 0.3)).item())
+            parameter.data.view(-1)[index] = value
+            numerical = (losses[0] - losses[1]) / 2e-5
+            assert numerical == pytest.approx(gradient.view(-1)[index].item(), rel=1e-5, abs=1e-7)
+
+
+def test_log_variance_stays_between_its_bounds():
+    model = small_model()
+    assert model.max_logvar.tolist() == [0.5] * OBS
+    assert model.min_logvar.tolist() == [-10.0] * OBS
+    with torch.no_grad():
+        for scale in (1e3, -1e3):
+            model.biases[-1][..., OBS:] = scale
+            _, logvar = model.gaussian(batch_of(5)["obs"], batch_of(5)["action"], model.select())
+            assert logvar.min() >= -10.0 - 1e-4
+            assert logvar.max() <= 0.5 + 1e-4
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+def linear_data(rows: int = 300, noise: float = 0.0) -> Buffer:
+    """A system whose change is linear, with a reward, and a termination at the edge."""
+    data, rng = Buffer(OBS, ACTION, torch.device("cpu")), np.random.default_rng(0)
+    for row in range(rows):
+        obs, action = rng.normal(size=OBS), rng.uniform(-1, 1, ACTION)
+        delta = 0.1 * obs[::-1] + 0.3 * action.sum() + noise * rng.normal(size=OBS)
+        fields = {
+            "terminated": (obs + delta)[0] > 1,
+            "episode": row // 50,
+            "holdout": row % 5 == 0,
+        }
+        data.add(obs=obs, action=action, reward=(obs + delta).sum(), delta=delta, **fields)
+    return data
+
+
+def trained(data: Buffer, **fields: object) -> tuple[Ensemble, dict[str, float]]:
+    args = small_args(**{"hidden": (32, 32), "max_epochs": 60, "model_batch_size": 32, **fields})
+    model = Ensemble(OBS, ACTION, args, generator())
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.model_lr)
+    return model, fit(model, optimizer, ensemble_loss, data, args, generator(1))
+
+
+def test_it_learns_a_linear_system_its_reward_and_where_it_ends():
+    model, logs = trained(linear_data(600))
+    data = linear_data(650)
+    obs, action, delta = (column[600:650].expand(2, -1, -1) for column in (data.obs, data.action, data.delta))
+    layers = model.select(model.elites)
+    mean, _ = model.predict(obs, action, layers)
+    assert ((mean - delta) ** 2).mean() < 0.02 * delta.var()
+    reward, logit = model.outcome(action, delta, obs + delta, layers).unbind(-1)
+    assert torch.corrcoef(torch.stack([reward[0], data.reward[600:650]]))[0, 1] > 0.98
+    assert ((logit > 0) == data.terminated[600:650]).float().mean() > 0.9
+    assert logs["model/holdout_mse"] < 0.05
+
+
+def test_noise_of_the_world_is_found_and_covered():
+    model, _ = trained(linear_data(1_000, noise=0.2))
+    data = linear_data(1_200, noise=0.2)
+    logs = cem_mpc.diagnose(model, data, 1_000)
+    assert 0.8 < logs["model/coverage_90"] < 0.97
+    _, std = model.predict(data.obs[None, :200], data.action[None, :200], model.select(torch.tensor([0])))
+    assert std.mean().item() == pytest.approx(0.2, rel=0.25)
+    assert {"model/error_1_steps", "model/error_20_steps", "model/error_2", "model/error_reward"} < set(logs)
+
+
+def test_holdout_rows_never_enter_training():
+    data, other = linear_data(), linear_data()
+    for column in (other.obs, other.delta, other.reward):
+        column[other.holdout] = 100.0
+    models = [trained(rows, max_epochs=1)[0] for rows in (data, other)]
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two)
+    for name in ("obs_mean", "delta_std", "reward_mean"):
+        assert torch.equal(getattr(models[0], name), getattr(models[1], name))
+
+
+def holdout_errors(model: Ensemble, data: Buffer) -> Tensor:
+    rows = data.holdout.nonzero()[:, 0]
+    obs, action = (column[rows].expand(4, -1, -1) for column in (data.obs, data.action))
+    mean, _ = model.gaussian(obs, action, model.select())
+    return ((mean - model.scale("delta", data.delta[rows])) ** 2).mean((1, 2))
+
+
+def test_each_member_is_left_with_its_best_weights_and_the_best_are_the_elites():
+    data = linear_data(noise=0.5)
+    model, logs = trained(data, model_lr=0.03, patience=8)  # so coarse that later epochs are often worse
+    errors = holdout_errors(model, data)
+    assert errors.mean().item() == pytest.approx(logs["model/holdout_mse"], rel=1e-4)
+    assert set(model.elites.tolist()) == set(errors.argsort()[:2].tolist())
+
+
+def test_training_stops_when_nothing_gets_better():
+    data = linear_data(40)
+    data.delta[:] = torch.randn(data.delta.shape, generator=generator())
+    _, logs = trained(data, patience=2, max_epochs=1_000)
+    assert logs["model/epochs"] < 200
+
+
+def test_bootstrap_gives_every_member_rows_of_its_own():
+    model, _ = trained(linear_data(), max_epochs=1)
+    untrained = Ensemble(OBS, ACTION, small_args(hidden=(32, 32)), generator())
+    steps = [(after - before).flatten(1) for before, after in zip(untrained.weights, model.weights, strict=True)]
+    for step in steps:
+        assert all(not torch.equal(step[i], step[j]) for i in range(4) for j in range(i))
+
+
+# --- trajectory sampling --------------------------------------------------------------------------------------------
+def test_imagined_returns_equal_particles_followed_one_by_one():
+    model, (count, steps, particles, groups) = small_model(), (3, 4, 4, 2)
+    obs, plans = torch.randn(OBS, generator=generator(3)), torch.randn(count, steps, ACTION, generator=generator(4))
+    noise = torch.randn(steps, groups, count * particles // groups, OBS, generator=generator(5))
+    layers = model.select(torch.tensor([2, 0]))
+    value = nn.Linear(OBS, 1)
+    got = imagine(model, layers, obs, plans, noise, None, 0.9, None, None, lambda state: value(state)[..., 0])
+    for sequence in range(count):
+        returns = []
+        for group, member in enumerate((2, 0)):
+            for particle in range(particles // groups):
+                state, alive, total = obs, 1.0, 0.0
+                one = model.select(torch.tensor([member]))
+                for step in range(steps):
+                    action = plans[sequence, step]
+                    mean, std = model.predict(state[None, None], action[None, None], one)
+                    delta = mean[0, 0] + std[0, 0] * noise[step, group, sequence * (particles // groups) + particle]
+                    state = state + delta
+                    outcome = model.outcome(action[None, None], delta[None, None], state[None, None], one)[0, 0]
+                    total += 0.9**step * alive * (outcome[0] * model.reward_std[0] + model.reward_mean[0])
+                    alive = alive * (1 - torch.sigmoid(outcome[1]))
+                returns.append(total + 0.9**steps * alive * value(state)[0])
+        torch.testing.assert_close(got[sequence], torch.stack(returns).mean())
+
+
+class Walkers:
+    """Stands in for the ensemble: member g moves the state by g + 1, whatever the action."""
+
+    def predict(self, obs: Tensor, action: Tensor, layers: Tensor) -> tuple[Tensor, Tensor]:
+        return (layers[:, None, None] + 1.0).expand_as(obs), torch.zeros_like(obs)
+
+    def outcome(self, action: Tensor, delta: Tensor, next_obs: Tensor, layers: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(next_obs[..., 0]), torch.full_like(next_obs[..., 0], -100.0)], dim=-1)
+
+
+def test_ts_infinity_keeps_a_particle_with_its_member_and_ts1_does_not():
+    ends: list[Tensor] = []
+
+    def value(state: Tensor) -> Tensor:
+        ends.append(state[..., 0])
+        return state[..., 0]
+
+    groups, steps, rows = 5, 6, 40
+    noise, plans = torch.zeros(steps, groups, rows, 1), torch.zeros(rows, steps, 1)
+    walk = (Walkers(), torch.arange(5.0), torch.zeros(1), plans, noise)
+    end = lambda *_: torch.zeros(groups, rows, dtype=torch.bool)  # noqa: E731
+    reward = lambda obs, action, after: torch.zeros(groups, rows)  # noqa: E731
+    imagine(*walk, None, 1.0, reward, end, value)
+    assert torch.equal(ends[0], 6.0 * torch.arange(1.0, 6.0)[:, None].expand(5, rows))
+    order = torch.rand(steps, groups, rows, generator=generator()).argsort(1)
+    returns = imagine(*walk, order, 1.0, reward, end, value)
+    assert torch.equal(returns, torch.full((rows,), 18.0))  # each step deals every member to one particle of a sequence
+    assert len(ends[1].unique()) > 15
+
+
+def test_given_reward_and_termination_are_used_and_a_dead_particle_earns_nothing():
+    plans = torch.zeros(1, 4, 1)
+    walk = (Walkers(), torch.zeros(1), torch.zeros(1), plans, torch.zeros(4, 1, 1, 1))
+
+    def reward(obs: Tensor, action: Tensor, after: Tensor) -> Tensor:
+        return after[..., 0]
+
+    def end(obs: Tensor, action: Tensor, after: Tensor) -> Tensor:
+        return after[..., 0] >= 2
+
+    assert imagine(*walk, None, 1.0, reward, end, lambda state: 100.0).item() == 1 + 2
+    assert imagine(*walk, None, 0.5, reward, lambda *_: torch.tensor(False), None).item() == 1 + 1 + 0.75 + 0.5
+
+
+# --- planners -------------------------------------------------------------------------------------------------------
+TARGET = torch.tensor([[0.3, -0.6], [0.8, 0.1], [-0.2, 1.0]])  # (H, A), one on the bound
+
+
+def towards_target(plans: Tensor) -> Tensor:
+    return -((plans - TARGET) ** 2).sum((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("planner", "tolerance", "fields"),
+    [
+        ("random_shooting", 0.7, {"population": 2_000}),
+        ("cem", 0.1, {}),  # at a bound its variance goes to zero before it is there
+        ("icem", 0.1, {"noise_beta": 0.5}),
+        ("mppi", 0.2, {"iterations": 20, "momentum": 0.0}),
+        ("gradient", 0.02, {"iterations": 60}),
+    ],
+)
+def test_planners_find_the_optimum_of_a_known_function(planner, tolerance, fields):
+    args = small_args(**{"population": 200, "num_best": 20, "iterations": 10, "planner": planner, **fields})
+    for seed in range(3):
+        plans = cem_mpc.BOX_PLANNERS[planner](towards_target, torch.zeros(1, 3, 2), args, generator(seed))
+        assert (plans[0] - TARGET).abs().max() < tolerance
+        assert plans.abs().max() <= 1.0
+
+
+@pytest.mark.parametrize("planner", ["random_shooting", "cem"])
+def test_discrete_planners_find_the_best_sequence(planner):
+    args = small_args(population=200, num_best=20, iterations=6)
+    best = torch.tensor([2, 0, 1])
+    for seed in range(3):
+        score = lambda plans: (plans.argmax(-1) == best).float().sum(1)  # noqa: E731
+        plans = cem_mpc.DISCRETE_PLANNERS[planner](score, torch.full((1, 3, 3), 1 / 3), args, generator(seed))
+        assert plans[0].argmax(-1).tolist() == best.tolist()
+        torch.testing.assert_close(plans[0].sum(-1), torch.ones(3))
+
+
+def test_discrete_cem_goes_on_searching_from_a_plan_that_was_certain():
+    certain = torch.tensor([[[1.0, 0.0]] * 3])
+    score = lambda plans: plans[..., 1].sum(1)  # noqa: E731
+    plans = cem_mpc.cem_discrete(score, certain, small_args(population=50, num_best=5, iterations=5), generator())
+    assert plans[0].argmax(-1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("planner", ["cem", "gradient"])
+def test_first_action_is_that_of_the_linear_quadratic_regulator(planner):
+    a, b = np.array([[1.0, 0.1], [0.0, 1.0]]), np.array([[0.0], [0.1]])
+    q, r, horizon, x0 = np.diag([1.0, 0.1]), np.array([[0.05]]), 12, np.array([0.2, -0.1])
+    p = q.copy()
+    for _ in range(horizon):  # the Riccati recursion, finite horizon
+        k = np.linalg.solve(r + b.T @ p @ b, b.T @ p @ a)
+        p = q + a.T @ p @ (a - b @ k)
+    exact = float((-k @ x0)[0])
+
+    def score(plans: Tensor) -> Tensor:
+        x, cost = torch.tensor(x0, dtype=torch.float32).expand(len(plans), 2), torch.zeros(len(plans))
+        for step in range(horizon):
+            u = plans[:, step]
+            cost = cost + (x @ torch.tensor(q).float() * x).sum(1) + r[0, 0] * u[:, 0] ** 2
+            x = x @ torch.tensor(a).float().T + u @ torch.tensor(b).float().T
+        return -(cost + (x @ torch.tensor(q).float() * x).sum(1))
+
+    assert abs(exact) < 0.95
+    fields = {"population": 800, "num_best": 80, "iterations": 20} if planner == "cem" else {"iterations": 300}
+    plans = cem_mpc.BOX_PLANNERS[planner](score, torch.zeros(1, horizon, 1), small_args(**fields), generator())
+    assert plans[0, 0, 0].item() == pytest.approx(exact, abs=0.02)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("planner", list(cem_mpc.BOX_PLANNERS))
+def test_a_return_that_is_no_number_never_wins(planner, bad):
+    def score(plans: Tensor) -> Tensor:
+        return torch.where(plans[:, 0, 0] > 0.2, bad, -10 - ((plans - 1) ** 2).sum((1, 2)))
+
+    args = small_args(population=60, num_best=30, iterations=8)
+    plans = cem_mpc.BOX_PLANNERS[planner](score, torch.zeros(1, 3, 2), args, generator())
+    assert plans.isfinite().all()
+    assert plans[0, 0, 0] <= 0.25
+    plans = cem_mpc.BOX_PLANNERS[planner](
+        lambda plans: plans.sum((1, 2)) * bad, torch.zeros(1, 3, 2), args, generator()
+    )
+    assert plans.isfinite().all()
+
+
+def test_cem_returns_the_mean_of_the_best_and_momentum_weighs_the_old():
+    seen: list[Tensor] = []
+
+    def score(plans: Tensor) -> Tensor:
+        seen.append(plans.clone())
+        return towards_target(plans)
+
+    start = torch.full((1, 3, 2), 0.5)
+    plans = cem_mpc.cem(score, start, small_args(num_best=3, iterations=1, momentum=0.0), generator())
+    mean = seen[0][towards_target(seen[0]).topk(3).indices].mean(0)
+    torch.testing.assert_close(plans[0], mean)
+    assert not (seen[0] == plans[0]).all(-1).any()
+    plans = cem_mpc.cem(score, start, small_args(num_best=3, iterations=1, momentum=0.9), generator())
+    torch.testing.assert_close(plans[0], 0.9 * start[0] + 0.1 * mean)
+    assert all((sample.abs() <= 1).all() for sample in seen)  # the variance is bounded by the distance to the bounds
+    assert seen[0].std() < 0.3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10])
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_coloured_noise_has_unit_variance_and_its_colour(steps, beta):
+    noise = cem_mpc.coloured_noise((20_000, steps, 1), beta, generator())[..., 0]
+    assert noise.std(0).sub(1).abs().max() < 0.03
+    if steps > 2:
+        correlation = (noise[:, 1:] * noise[:, :-1]).mean()
+        assert (correlation > 0.5) if beta else (abs(correlation) < 0.02)
+
+
+# --- agent ----------------------------------------------------------------------------------------------------------
+def pendulum_agent(steps: int = 60, **fields: object) -> tuple[Agent, np.ndarray]:
+    args = small_args(**fields)
+    env = gym.make(args.env_id)
+    agent, (obs, _) = Agent(env.observation_space, env.action_space, args), env.reset(seed=0)
+    for _ in range(steps):
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        agent.observe(obs, action, reward, next_obs, terminated, truncated)
+        agent.update()
+        obs = env.reset(seed=1)[0] if terminated or truncated else next_obs
+    return agent, obs
+
+
+def test_the_plan_is_shifted_within_an_episode_and_forgotten_at_its_end():
+    agent, obs = pendulum_agent()
+    given: list[Tensor] = []
+    planner = agent.planner
+    agent.planner = lambda score, start, *rest: given.append(start) or planner(score, start, *rest)
+    agent.start = None
+    agent.act(obs)
+    assert torch.equal(given[0], torch.zeros(1, 3, 1))
+    first = agent.start
+    agent.observe(obs, [0.0], 0.0, obs, False, False)
+    agent.act(obs)
+    assert torch.equal(given[1], first)
+    assert torch.equal(first[0, -1], torch.zeros(1))
+    for end in ((True, False), (False, True)):
+        agent.observe(obs, [0.0], 0.0, obs, *end)
+        assert agent.start is None
+        agent.act(obs)
+        assert torch.equal(given[-1], torch.zeros(1, 3, 1))
+
+
+def test_a_policy_has_a_plan_of_its_own():
+    agent, obs = pendulum_agent()
+    before = agent.state_dict()["generator"].clone(), agent.start.clone()
+    policy, again = agent.greedy_policy(5), agent.greedy_policy(5)
+    assert [policy(obs) for _ in range(3)] == [again(obs) for _ in range(3)]
+    assert torch.equal(agent.generator.get_state(), before[0])
+    assert torch.equal(agent.start, before[1])
+
+
+def test_differences_are_taken_before_they_are_rounded():
+    agent, _ = pendulum_agent(0)
+    agent.observe(np.array([1e6, 0, 0]), np.zeros(1), 0.0, np.array([1e6 + 1e-3, 0, 0]), False)
+    assert agent.data.delta[0, 0].item() == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_actions_cover_the_range_of_the_environment():
+    agent, obs = pendulum_agent(0)
+    actions = np.array([agent.act(obs) for _ in range(500)])
+    assert actions.min() < -1.95
+    assert actions.max() > 1.95
+    assert np.abs(actions).max() <= 2.0
+    low, high = torch.tensor([-1.0]), torch.tensor([1.0])
+    assert (agent.to_env(low).item(), agent.to_env(high).item()) == (-2.0, 2.0)
+
+
+def test_holdout_is_capped():
+    agent, _ = pendulum_agent(120, holdout_ratio=0.5, max_holdout=10)
+    assert agent.data.holdout.sum() == 10
+
+
+def test_buffer_grows_and_keeps_what_it_holds():
+    data = linear_data(3_000)
+    assert data.size == 3_000
+    state = data.state_dict()
+    assert all(len(column) == 3_000 for column in state.values())
+    other = Buffer(OBS, ACTION, torch.device("cpu"))
+    other.load_state_dict(state)
+    for data_column, column in zip(data.columns().values(), other.columns().values(), strict=True):
+        torch.testing.assert_close(data_column, column, equal_nan=True)
+
+
+def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch):
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
+    first = only_run(tmp_path / "a")
+    (tmp_path / "task.py").write_text("def stand_still(obs, action, next_obs):\n    return -next_obs[..., 2] ** 2\n")
+    monkeypatch.chdir(tmp_path)
+    task = {"init_from": str(first), "reward_fn": "task:stand_still", "total_timesteps": 0, "eval_episodes": 1}
+    outcome = cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), **task))
+    assert outcome["env_steps"] == 0
+    assert math.isfinite(outcome["eval_return_mean"])
+    state = cem_mpc.read_checkpoint(first / "checkpoint.pt")["agent"]
+    agent = Agent(gym.make("Pendulum-v1").observation_space, gym.make("Pendulum-v1").action_space, small_args(**task))
+    assert all(torch.equal(value, state["model"][name]) for name, value in agent.model.state_dict().items())
+    assert agent.data.size == 80
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "c"), **task | {"reward_fn": None, "total_timesteps": 60}))
+    assert len(cem_mpc.read_checkpoint(only_run(tmp_path / "c") / "checkpoint.pt")["agent"]["data"]["obs"]) == 140
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"env_id": "CartPole-v1"},
+        {"env_id": "CartPole-v1", "planner": "random_shooting", "terminal_value": False},
+        {"env_id": "MountainCarContinuous-v0", "planner": "icem"},
+        {"env_id": "Acrobot-v1", "sampling": "ts1"},
+        {"planner": "mppi"},
+        {"planner": "gradient"},
+        {"planner": "random_shooting"},
+    ],
+    ids=str,
+)
+def test_every_planner_and_kind_of_action_runs_through(fields, tmp_path):
+    args = small_args(run_dir=str(tmp_path), total_timesteps=60, eval_episodes=1, **fields)
+    monkeypatched = dataclasses.replace(args, env_kwargs=("max_episode_steps=30",))
+    assert math.isfinite(cem_mpc.train(monkeypatched)["eval_return_mean"])
+
+
+def test_compiled_it_does_the_same(tmp_path):
+    pytest.importorskip("torch._inductor")
+    model, batch = small_model(), batch_of(6)
+    compiled = torch.compile(ensemble_loss, backend="eager")
+    torch.testing.assert_close(compiled(model, batch, (0.1, 0.2, 0.3)), ensemble_loss(model, batch, (0.1, 0.2, 0.3)))
+
+
+def test_tiny_arguments_are_those_of_the_command_line():
+    assert "--hidden 16 16" in TINY["cem_mpc"]
+    assert small_args().hidden == (16, 16)
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_bare_command_swings_the_pendulum_up(tmp_path: Path):
+    assert cem_mpc.train(Args(run_dir=str(tmp_path)))["eval_return_mean"] >= -200
+
+
+@pytest.mark.slow
+def test_it_balances_the_cart_pole(tmp_path: Path):
+    assert (
+        cem_mpc.train(Args(env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=3_000))["eval_return_mean"]
+        >= 475
+    )
