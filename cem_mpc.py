@@ -277,7 +277,7 @@ def memory_of(env: gym.Env) -> dict:
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; streams of different keys are independent.
+    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
 
     The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
     """
@@ -895,6 +895,7 @@ class Agent:
                     self.value.update(self.data, self.generator)
 
     def state_dict(self) -> dict:
+        """All that the next step depends on, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -908,6 +909,7 @@ class Agent:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` gave into a newly made agent."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.data.load_state_dict(state["data"])

@@ -194,6 +194,7 @@ class Maze(gym.Env):
         return self.row * self.shape[1] + self.column, float(at_goal), at_goal, False, {}
 
     def render(self) -> str | np.ndarray | None:
+        """The maze with the agent in it as A: text, or pixels (32 * rows, 32 * columns, 3)."""
         picture = self.desc.copy()
         picture[self.row, self.column] = "A"
         if self.render_mode == "ansi":
@@ -203,7 +204,7 @@ class Maze(gym.Env):
                 [(240, 240, 240), (90, 90, 90), (170, 210, 240), (250, 200, 60), (200, 60, 40)], np.uint8
             )
             pixels = palette[np.vectorize(".#SGA".index)(picture)]
-            return pixels.repeat(32, axis=0).repeat(32, axis=1)  # (32 * rows, 32 * columns, 3)
+            return pixels.repeat(32, axis=0).repeat(32, axis=1)
 
     def state_dict(self) -> dict:
         return {"clock": self.clock}
@@ -276,7 +277,7 @@ def memory_of(env: gym.Env) -> dict:
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; streams of different keys are independent.
+    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
 
     The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
     """
@@ -384,6 +385,7 @@ class Model:
         self.cells[cell] = self.q[state], action, reward, successors
 
     def state_dict(self) -> dict:
+        """The counts; `cells` follows from them."""
         return {
             "outcomes": [
                 (repr(state), action, repr(next_state), terminated, *sums)

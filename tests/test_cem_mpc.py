@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, only_run, tiny_args
+from conftest import only_run, tiny_args
 from torch import Tensor, nn
 
 import cem_mpc
@@ -498,8 +498,8 @@ def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch)
 )
 def test_every_planner_and_kind_of_action_runs_through(fields, tmp_path):
     args = small_args(run_dir=str(tmp_path), total_timesteps=60, eval_episodes=1, **fields)
-    monkeypatched = dataclasses.replace(args, env_kwargs=("max_episode_steps=30",))
-    assert math.isfinite(cem_mpc.train(monkeypatched)["eval_return_mean"])
+    short = dataclasses.replace(args, env_kwargs=("max_episode_steps=30",))
+    assert math.isfinite(cem_mpc.train(short)["eval_return_mean"])
 
 
 def test_compiled_it_does_the_same(tmp_path):
@@ -507,11 +507,6 @@ def test_compiled_it_does_the_same(tmp_path):
     model, batch = small_model(), batch_of(6)
     compiled = torch.compile(ensemble_loss, backend="eager")
     torch.testing.assert_close(compiled(model, batch, (0.1, 0.2, 0.3)), ensemble_loss(model, batch, (0.1, 0.2, 0.3)))
-
-
-def test_tiny_arguments_are_those_of_the_command_line():
-    assert "--hidden 16 16" in TINY["cem_mpc"]
-    assert small_args().hidden == (16, 16)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
