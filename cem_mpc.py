@@ -88,7 +88,7 @@ class Args:
     env_id: str = "Pendulum-v1"
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
-    """Options of the environment, as name=value: `--env-kwargs is_slippery=False map_name=8x8`."""
+    """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
     total_timesteps: int = 1_000
     """Environment steps (calls of `env.step`) to learn for."""
     seed: int = 1
@@ -175,32 +175,37 @@ class Args:
     """gradient: step size of Adam on the sequences, in units of half the action range."""
     terminal_value: bool = False
     """Add the value of the last imagined state, learned from the latest real steps, to the return."""
-    value_updates: int = 4
-    """Gradient steps on the terminal value for each environment step."""
-    value_window: int = 2_000
-    """Latest steps that the value is learned from: it is the value of how the agent acts now, not of how it began."""
-    value_lambda: float = 0.95
-    """Lambda of the returns that the value learns (Sutton & Barto, section 12.1): 0 one step, 1 to the end."""
 
     def __post_init__(self):
-        check_ranges(self, total_timesteps=(0, math.inf), seed=(0, 2**32 - 1), eval_every=(1, math.inf))
-        check_ranges(self, eval_episodes=(1, math.inf), checkpoint_every=(1, math.inf))
-        check_ranges(self, threads=(1, 1024), learning_starts=(1, math.inf), gamma=(0, 1), ensemble_size=(1, 1000))
-        check_ranges(self, num_elites=(1, self.ensemble_size), model_lr=(1e-9, 1), model_batch_size=(1, 10**6))
-        check_ranges(self, train_every=(1, math.inf), patience=(1, 10**6), max_epochs=(1, 10**6))
-        check_ranges(self, holdout_ratio=(0, 0.9), max_holdout=(1, math.inf), horizon=(1, 1000), population=(2, 10**6))
-        check_ranges(
-            self, iterations=(1, 1000), num_best=(1, self.population), momentum=(0, 0.999), particles=(1, 10**4)
-        )
         check_ranges(
             self,
+            total_timesteps=(0, math.inf),
+            seed=(0, 2**32 - 1),
+            threads=(1, 1024),
+            eval_every=(1, math.inf),
+            eval_episodes=(1, math.inf),
+            checkpoint_every=(1, math.inf),
+            learning_starts=(1, math.inf),
+            gamma=(0, 1),
+            ensemble_size=(1, 1000),
+            num_elites=(1, self.ensemble_size),
+            model_lr=(1e-9, 1),
+            model_batch_size=(1, 10**6),
+            train_every=(1, math.inf),
+            patience=(1, 10**6),
+            max_epochs=(1, 10**6),
+            holdout_ratio=(0, 0.9),
+            max_holdout=(1, math.inf),
+            horizon=(1, 1000),
+            population=(2, 10**6),
+            iterations=(1, 1000),
+            num_best=(1, self.population),
+            momentum=(0, 0.999),
+            particles=(1, 10**4),
             noise_beta=(0, 10),
             keep=(0, 1),
             temperature=(1e-9, 1e9),
             plan_lr=(1e-9, 10),
-            value_updates=(0, 100),
-            value_window=(1, math.inf),
-            value_lambda=(0, 1),
         )
         if self.particles % self.num_elites:
             raise Failure(f"--particles must be a multiple of --num-elites, which is {self.num_elites}")
@@ -243,7 +248,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation of another shape than the space's, or with a NaN or inf in it."""
+    """Raises ValueError for an observation whose shape is not the space's, or that is not finite."""
     if np.shape(obs) != space.shape or not np.isfinite(obs).all():
         raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape}")
 
@@ -251,24 +256,25 @@ def check_observation(obs: Any, space: gym.Space) -> None:
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
-        raise Failure(f"observations must be a vector, not {observation_space}; for others see dyna_q.py, dreamer.py")
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be a bounded Box or Discrete, not {action_space}")
+        raise Failure(
+            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: dyna_q.py, dreamer.py"
+        )
+    box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not (box and action_space.is_bounded()) and not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"actions must be a bounded Box of floating-point numbers, or Discrete, not {action_space}")
 
 
 def load_function(name: str | None) -> Callable | None:
     """The function named as `module:function`, of a module on the path or in the working folder."""
     if name is None:
         return None
-    try:
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    try:
         module, function = name.split(":")
         return getattr(importlib.import_module(module), function)
     except (ValueError, ImportError, AttributeError) as error:
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
-    finally:
-        sys.path.pop()
 
 
 def memory_of(env: gym.Env) -> dict:
@@ -279,7 +285,7 @@ def memory_of(env: gym.Env) -> dict:
 def seed_of(*key: int) -> int:
     """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
 
-    The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
+    The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
     """
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
@@ -309,7 +315,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """Returns next observation, reward, terminated, truncated; after either of the two, call `reset`."""
+        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
             self.obs, reward, terminated, truncated, self.info = self.env.step(action)
             check_observation(self.obs, self.env.observation_space)
@@ -338,96 +344,120 @@ class Episode:
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-Layers = list[tuple[Tensor, Tensor]]  # weights (G, in, out) and biases (G, 1, out) of G networks
+# Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N sequences, P particles of
+# a sequence, H steps, A action_size.
+Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
+Networks = tuple[Layers, Layers, Layers]  # for dynamics, reward and termination
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:
     """(G, B, in) -> (G, B, out): G networks at once, each layer one batched matrix product."""
-    for weight, bias in layers[:-1]:
-        x = F.silu(torch.baddbmm(bias, x, weight))  # (G, B, hidden)
-    return torch.baddbmm(layers[-1][1], x, layers[-1][0])
+    *hidden, (weight, bias) = zip(layers[::2], layers[1::2], strict=True)
+    for hidden_weight, hidden_bias in hidden:
+        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight))  # (G, B, hidden)
+    return torch.baddbmm(bias, x, weight)
 
 
 class Ensemble(nn.Module):
-    """E pairs of networks: one from (obs, action) to a Gaussian over delta obs; and one that says, of the step to a
-    given next obs, the reward and the logit of termination. These two often jump at a boundary, and where that runs is
-    plain in the next obs and blurred in the one before. Inputs and targets are standardised with the data's statistics.
+    """E members, each of three networks: the dynamics, from (obs, action) to a Gaussian over delta obs; the reward,
+    from (delta obs, action, next obs); and the logit of termination, from next obs. Reward and termination often jump
+    at a boundary, which is sharp in the next obs and blurred in the one before.
+
+    Inputs and targets are standardised. What is constant in the data is scaled to zero and predicted without error.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        self.obs_size, device = obs_size, generator.device
+        device = generator.device
 
-        def layers(*sizes: int) -> tuple[nn.ParameterList, nn.ParameterList]:
-            weights, biases = nn.ParameterList(), nn.ParameterList()
+        def layers(*sizes: int) -> nn.ParameterList:
+            parameters = nn.ParameterList()
             for fan_in, fan_out in itertools.pairwise(sizes):
                 std = 1 / (2 * math.sqrt(fan_in))  # as in the authors' code of PETS and MBPO
                 weight = torch.empty(args.ensemble_size, fan_in, fan_out, device=device)
-                weights.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
-                biases.append(torch.zeros(args.ensemble_size, 1, fan_out, device=device))
-            return weights, biases
+                parameters.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
+                parameters.append(torch.zeros(args.ensemble_size, 1, fan_out, device=device))
+            return parameters
 
-        self.weights, self.biases = layers(obs_size + action_size, *args.hidden, 2 * obs_size)
-        self.outcome_weights, self.outcome_biases = layers(2 * obs_size + action_size, 128, 128, 2)
+        self.dynamics = layers(obs_size + action_size, *args.hidden, 2 * obs_size)
+        self.reward = layers(obs_size + action_size + obs_size, 128, 128, 1)
+        self.termination = layers(obs_size, 64, 64, 1)
         self.max_logvar = nn.Parameter(torch.full((obs_size,), 0.5, device=device))
         self.min_logvar = nn.Parameter(torch.full((obs_size,), -10.0, device=device))
         for name, size in (("obs", obs_size), ("action", action_size), ("delta", obs_size), ("reward", 1)):
             self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
             self.register_buffer(f"{name}_std", torch.ones(size, device=device))
+        self.register_buffer("terminal_weight", torch.ones(1, device=device))
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
 
-    def set_scale(self, **data: Tensor) -> None:
-        """Takes mean and standard deviation of obs, action, delta and reward, each (N, size)."""
-        for name, values in data.items():
-            std = values.std(0, correction=0)
-            getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1.0, std))  # a constant is left as it is
+    def set_scale(self, data: dict[str, Tensor]) -> None:
+        """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
+        size)."""
+        for name in ("obs", "action", "delta", "reward"):
+            std = data[name].std(0, correction=0)
+            getattr(self, f"{name}_mean").copy_(data[name].mean(0))
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
+        # They are rare, and to overlook one costs more than to expect one too many: half way to counting for as much
+        # as all other rows.
+        share = data["terminated"].mean().clamp_min(1e-9)
+        self.terminal_weight.fill_(((1 - share) / share).sqrt().clamp(1, 100))
 
-    def scale(self, name: str, values: Tensor) -> Tensor:
-        """Standardises."""
-        return (values - getattr(self, f"{name}_mean")) / getattr(self, f"{name}_std")
+    def standardise(self, name: str, values: Tensor) -> Tensor:
+        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+        return (values - mean) * torch.where(std > 0, 1 / std, 0.0)
 
-    def select(self, members: Tensor | None = None) -> tuple[Layers, Layers]:
-        """Layers of the two networks of some members (G,), or of all: what is not asked for is not computed."""
-        lists = (self.weights, self.biases), (self.outcome_weights, self.outcome_biases)
-        if members is None:
-            return tuple(list(zip(*both, strict=True)) for both in lists)
-        return tuple([(weight[members], bias[members]) for weight, bias in zip(*both, strict=True)] for both in lists)
+    def select(self, members: Tensor | slice = slice(None)) -> Networks:
+        """The networks for dynamics, reward and termination of some members (G,), or of all."""
+        return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
 
-    def gaussian(self, obs: Tensor, action: Tensor, layers: tuple[Layers, Layers]) -> tuple[Tensor, Tensor]:
-        """obs (G, B, obs_size), action (G, B, action_size) -> mean and log variance (G, B, obs_size) of standardised
-        delta obs; row g by member g of `layers`."""
-        x = torch.cat([self.scale("obs", obs), self.scale("action", action)], dim=-1)
-        mean, logvar = mlp(x, layers[0]).chunk(2, dim=-1)
+    def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
+        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta obs;
+        row g by member g of those selected."""
+        x = torch.cat([self.standardise("obs", obs), self.standardise("action", action)], dim=-1)
+        mean, logvar = mlp(x, dynamics).chunk(2, dim=-1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)  # PETS, appendix A.1: soft bounds,
         logvar = self.min_logvar + F.softplus(logvar - self.min_logvar)  # the upper one first
         return mean, logvar
 
-    def predict(self, obs: Tensor, action: Tensor, layers: tuple[Layers, Layers]) -> tuple[Tensor, Tensor]:
+    def predict(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
         """As `gaussian`, but mean and standard deviation in the environment's units."""
-        mean, logvar = self.gaussian(obs, action, layers)
+        mean, logvar = self.gaussian(obs, action, dynamics)
         return mean * self.delta_std + self.delta_mean, (0.5 * logvar).exp() * self.delta_std
 
-    def outcome(self, action: Tensor, delta: Tensor, next_obs: Tensor, layers: tuple[Layers, Layers]) -> Tensor:
-        """Of steps (G, B, size): standardised reward and logit of termination, (G, B, 2)."""
-        x = [self.scale("obs", next_obs), self.scale("delta", delta), self.scale("action", action)]
-        return mlp(torch.cat(x, dim=-1), layers[1])
+    def predict_reward(self, delta: Tensor, action: Tensor, next_obs: Tensor, reward: Layers) -> Tensor:
+        """Of steps (G, B, size): standardised reward (G, B, 1)."""
+        x = [self.standardise("delta", delta), self.standardise("action", action), self.standardise("obs", next_obs)]
+        return mlp(torch.cat(x, dim=-1), reward)
+
+    def termination_logit(self, next_obs: Tensor, termination: Layers) -> Tensor:
+        """next_obs (G, B, obs_size) -> (G, B, 1)."""
+        return mlp(self.standardise("obs", next_obs), termination)
+
+
+def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
+    delta obs (PETS, equation 1, a mean over dimensions) and squared error of its mean; squared error of the reward, and
+    cross-entropy of termination."""
+    dynamics, reward, termination = model.select()
+    delta, next_obs = batch["delta"], batch["obs"] + batch["delta"]
+    mean, logvar = model.gaussian(batch["obs"], batch["action"], dynamics)
+    squared = (mean - model.standardise("delta", delta)) ** 2
+    nll = squared * (-logvar).exp() + logvar
+    predicted = model.predict_reward(delta, batch["action"], next_obs, reward)
+    reward_error = (predicted - model.standardise("reward", batch["reward"])) ** 2
+    logit, weight = model.termination_logit(next_obs, termination), model.terminal_weight
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], pos_weight=weight, reduction="none")
+    return nll.mean((1, 2)), squared.mean((1, 2)), reward_error.mean((1, 2)), cross_entropy.mean((1, 2))
 
 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """Sum over members of the negative log likelihood of delta obs (PETS, equation 1, without its constants), of the
-    squared error of the reward and of the cross-entropy of termination, each a mean over the rows of `batch`, whose
-    tensors are (E, B, size); plus the pull on the bounds of the variance and the weight decay."""
-    layers, obs, action, delta = model.select(), batch["obs"], batch["action"], batch["delta"]
-    mean, logvar = model.gaussian(obs, action, layers)
-    gaussian = ((mean - model.scale("delta", delta)) ** 2 * (-logvar).exp() + logvar).mean((1, 2)).sum()
-    reward, logit = model.outcome(action, delta, obs + delta, layers).unbind(-1)  # (E, B)
-    squared = ((reward - model.scale("reward", batch["reward"]).squeeze(-1)) ** 2).mean(1).sum()
-    terminated = batch["terminated"].squeeze(-1)
-    bernoulli = F.binary_cross_entropy_with_logits(logit, terminated, reduction="none").mean(1).sum()
+    """What a gradient step lowers: the members' losses summed, the weight decay of the dynamics networks, and a pull on
+    the bounds of their variance."""
+    nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
+    weights = model.dynamics[::2]
+    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(weight_decay, weights, strict=True))
     bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
-    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(weight_decay, model.weights, strict=True))
-    return gaussian + squared + bernoulli + bounds + decay
+    return (nll + reward_error + cross_entropy).sum() + decay + bounds
 
 
 def fit(
@@ -438,94 +468,151 @@ def fit(
     args: Args,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Trains the ensemble until no member gets better on the hold-out set; each is left with its own best weights.
+    """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
+    weights, and so is each reward network; terminations in the hold-out set are too few to tell.
 
-    The hold-out error is the squared error of the mean: a variance that is still off must not decide (MBPO's code).
+    The hold-out error of the dynamics is the squared error of the mean: a variance that is still off must not decide
+    (MBPO's code).
     """
-    columns = data.columns()
-    holdout, train = columns["holdout"].nonzero()[:, 0], (~columns["holdout"]).nonzero()[:, 0]
-    holdout = holdout if len(holdout) else train
-    columns = {
-        name: columns[name].view(data.size, -1).float() for name in ("obs", "action", "delta", "reward", "terminated")
-    }
-    model.set_scale(**{name: columns[name][train] for name in ("obs", "action", "delta", "reward")})
-    unseen = {name: column[holdout] for name, column in columns.items()}
-    members, device = len(model.biases[0]), train.device
+    columns = {name: data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
+    held_out = data.column("holdout")[:, 0]
+    rows, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    unseen = unseen if len(unseen) else rows  # the first few rows may all have been drawn for training
+    members, device = len(model.dynamics[0]), rows.device
+    model.set_scale({name: column[rows] for name, column in columns.items()})
+    unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
-    rows = train[torch.randint(len(train), (members, len(train)), generator=generator, device=device)]  # (E, N)
-    best, stale, epochs = torch.full((members,), math.inf, device=device), 0, 0
-    weights = [*model.weights, *model.biases]
-    best_weights = [weight.detach().clone() for weight in weights]
+    rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
+    networks = model.dynamics, model.reward
+    best_layers = [[layer.detach().clone() for layer in network] for network in networks]
+    best, stale, epochs = torch.full((2, members), math.inf, device=device), 0, 0
     while stale <= args.patience and epochs < args.max_epochs:
         epochs += 1
-        order = torch.rand(rows.shape, generator=generator, device=device).argsort(1)
-        for batch in rows.gather(1, order).split(args.model_batch_size, dim=1):  # (E, B)
+        shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
+        for batch in shuffled.split(args.model_batch_size, dim=1):  # (E, B)
             loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        with torch.inference_mode():
-            obs, action = (unseen[name].expand(members, -1, -1) for name in ("obs", "action"))
-            mean, logvar = model.gaussian(obs, action, model.select())
-            squared_error = (mean - model.scale("delta", unseen["delta"])) ** 2  # (E, N, obs_size)
-            error = squared_error.mean((1, 2))
-        improved = error < 0.99 * best
-        best = torch.where(improved, error, best)
-        for weight, best_weight in zip(weights, best_weights, strict=True):
-            best_weight[improved] = weight.detach()[improved]
-        stale = 0 if improved.any() else stale + 1
+
+        with torch.no_grad():
+            error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
+            improved = error < 0.99 * best
+            best = torch.where(improved, error, best)
+            for network, best_network, better in zip(networks, best_layers, improved, strict=True):
+                for layer, best_layer in zip(network, best_network, strict=True):
+                    best_layer[better] = layer[better]
+        stale = 0 if improved[0].any() else stale + 1
+
     with torch.no_grad():
-        for weight, best_weight in zip(weights, best_weights, strict=True):
-            weight.copy_(best_weight)
-    model.elites.copy_(best.argsort()[: len(model.elites)])
-    nll = 0.5 * (squared_error * (-logvar).exp() + logvar + math.log(2 * math.pi)).mean()
-    return {
-        "losses/model_loss": loss.item(),
-        "model/holdout_mse": best.mean().item(),
-        "model/holdout_nll": nll.item(),
-        "model/epochs": float(epochs),
-    }
+        for network, best_network in zip(networks, best_layers, strict=True):
+            for layer, best_layer in zip(network, best_network, strict=True):
+                layer.copy_(best_layer)
+        losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
+    model.elites.copy_(best[0].argsort()[: len(model.elites)])
+    names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
+    logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
+    return logs | {"losses/model_loss": loss.item(), "model/epochs": float(epochs)}
 
 
 @torch.inference_mode()
 def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     """How well the elites predict the transitions from row `start` on, with which they have not been trained yet.
 
-    Errors are in standard deviations of the data: of a step's change for one step, of the observation for k steps.
+    Errors of one step, by dimension, are in standard deviations of a step's change; errors after k steps along the
+    actions that were taken in standard deviations of the observation.
     """
-    layers, count = model.select(model.elites), len(model.elites)
-    obs, action, delta = (column[start : data.size] for column in (data.obs, data.action, data.delta))
-    actions = action.expand(count, -1, -1)
-    mean, std = model.predict(obs.expand(count, -1, -1), actions, layers)  # (G, N, obs_size)
-    epistemic, aleatoric = mean.var(0, correction=0), (std**2).mean(0)  # (N, obs_size): disagreement, expected noise
-    error = mean.mean(0) - delta
+    (dynamics, reward_layers, _), count = model.select(model.elites), len(model.elites)
+    obs, action, delta, reward = (data.column(name)[start:] for name in ("obs", "action", "delta", "reward"))
+    unit = torch.where(model.delta_std > 0, model.delta_std, 1.0)
+    mean, std = model.predict(obs.expand(count, -1, -1), action.expand(count, -1, -1), dynamics)  # (G, B, obs_size)
+    epistemic = mean.var(0, correction=0) / unit**2  # (B, obs_size): the variance that is disagreement,
+    aleatoric = (std**2).mean(0) / unit**2  # and that which is expected noise
+    error = (mean.mean(0) - delta) / unit
     inside = error.abs() < 1.645 * (epistemic + aleatoric).sqrt()
-    rmse = (error**2).mean(0).sqrt() / model.delta_std
-    reward = model.outcome(actions, mean, obs + mean, layers)[..., 0].mean(0)
-    reward_error = reward - model.scale("reward", data.reward[start : data.size, None])[:, 0]
+    predicted = model.predict_reward(mean, action.expand(count, -1, -1), obs + mean, reward_layers).mean(0)  # (B, 1)
+    reward_error = predicted - model.standardise("reward", reward)
     logs = {
         "model/coverage_90": inside.float().mean().item(),
-        "model/disagreement": (epistemic.sqrt() / model.delta_std).mean().item(),
-        "model/noise": (aleatoric.sqrt() / model.delta_std).mean().item(),
+        "model/disagreement": epistemic.sqrt().mean().item(),
+        "model/noise": aleatoric.sqrt().mean().item(),
         "model/error_reward": (reward_error**2).mean().sqrt().item(),
     }
-    logs |= {f"model/error_{index}": value for index, value in enumerate(rmse[:32].tolist())}
-    sizes = [(value / model.delta_std**2).mean(1) for value in (epistemic, error**2)]
-    if len(obs) > 2:
-        ranks = torch.stack([size.argsort().argsort().float() for size in sizes])
-        logs["model/disagreement_rank_correlation"] = torch.corrcoef(ranks)[0, 1].item()
+    root_mean_square = (error**2).mean(0).sqrt().tolist()
+    logs |= {f"model/error_dim_{index}": value for index, value in enumerate(root_mean_square[:32])}
+    if len(obs) > 2 and count > 1:
+        ranks = [variance.mean(1).argsort().argsort().float() for variance in (epistemic, error**2)]
+        logs["model/disagreement_rank_correlation"] = torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+    obs_unit = torch.where(model.obs_std > 0, model.obs_std, 1.0)
     for steps in (1, 5, 10, 20):
         begin = torch.arange(start, max(start, data.size - steps + 1), device=obs.device)
         begin = begin[data.episode[begin] == data.episode[begin + steps - 1]]
         if len(begin):
             state = data.obs[begin].expand(count, -1, -1)
             for step in range(steps):
-                mean, _ = model.predict(state, data.action[begin + step].expand(count, -1, -1), layers)
+                mean, _ = model.predict(state, data.action[begin + step].expand(count, -1, -1), dynamics)
                 state = state + mean
             last = begin + steps - 1
-            error = (state - data.obs[last] - data.delta[last]) / model.obs_std
+            error = (state - data.obs[last] - data.delta[last]) / obs_unit
             logs[f"model/error_{steps}_steps"] = (error**2).mean().sqrt().item()
     return logs
+
+
+class Value(nn.Module):
+    """V(s), learned from the lambda-returns of the latest real steps (Sutton & Barto, section 12.1): the value of how
+    the agent acts now, not of how it began."""
+
+    window, trace, updates, batch_size = 2_000, 0.95, 200, 256  # steps, lambda, gradient steps a training, rows of each
+
+    def __init__(self, obs_size: int, generator: torch.Generator):
+        super().__init__()
+        for name, size in (("obs_mean", obs_size), ("obs_std", obs_size), ("return_mean", 1), ("return_std", 1)):
+            value = torch.zeros if name.endswith("mean") else torch.ones
+            self.register_buffer(name, value(size, device=generator.device))
+        self.layers = nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise((obs_size, 256, 256, 1)):
+            weight = torch.randn(1, fan_in, fan_out, generator=generator, device=generator.device) / math.sqrt(fan_in)
+            self.layers.extend([weight, torch.zeros(1, 1, fan_out, device=generator.device)])
+        self.optimizer = torch.optim.Adam(self.layers, lr=1e-3)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """(..., obs_size) -> (...), in units of return."""
+        x = ((obs - self.obs_mean) / self.obs_std).reshape(1, -1, obs.shape[-1])
+        return mlp(x, list(self.layers)).view(obs.shape[:-1]) * self.return_std + self.return_mean
+
+    def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
+        """Of the latest steps, (window,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
+        termination ends it; where an episode was truncated, and at the end of the data, the last term is V as well."""
+        obs, delta, reward, terminated, episode = (
+            data.column(name)[-self.window :] for name in ("obs", "delta", "reward", "terminated", "episode")
+        )
+        next_value = self(obs + delta).tolist()
+        goes_on = [*(episode[1:] == episode[:-1])[:, 0].tolist(), False]
+        rewards, terminated = reward[:, 0].tolist(), terminated[:, 0].tolist()
+        returns = [0.0] * len(rewards)
+        for step in reversed(range(len(rewards))):
+            after = next_value[step]
+            if goes_on[step]:
+                after = (1 - self.trace) * after + self.trace * returns[step + 1]
+            returns[step] = rewards[step] + gamma * after * (not terminated[step])
+        return torch.tensor(returns, device=obs.device)
+
+    def fit(self, data: "Buffer", args: Args, generator: torch.Generator) -> dict[str, float]:
+        """Learns the lambda-returns as they are now."""
+        with torch.no_grad():
+            obs, returns = data.column("obs")[-self.window :], self.lambda_returns(data, args.gamma)
+            self.obs_mean.copy_(obs.mean(0))
+            self.obs_std.copy_(obs.std(0, correction=0).clamp_min(1e-6))
+            self.return_mean.fill_(returns.mean())
+            self.return_std.fill_(returns.std(correction=0) + 1e-6)
+        for _ in range(self.updates):
+            rows = torch.randint(len(obs), (self.batch_size,), generator=generator, device=obs.device)
+            loss = (((self(obs[rows]) - returns[rows]) / self.return_std) ** 2).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return {"losses/value_loss": loss.item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,12 +639,12 @@ class Buffer:
             column[self.size] = torch.as_tensor(value)
         self.size += 1
 
-    def columns(self) -> dict[str, Tensor]:
-        """The filled part of every column."""
-        return {name: value[: self.size] for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def column(self, name: str) -> Tensor:
+        """The filled part of a column, (size, width)."""
+        return getattr(self, name)[: self.size].view(self.size, -1)
 
     def state_dict(self) -> dict:
-        return {name: value.clone() for name, value in self.columns().items()}
+        return {name: value[: self.size].clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def load_state_dict(self, state: dict) -> None:
         self.size = len(state["obs"])
@@ -572,57 +659,79 @@ class Buffer:
 # ---------------------------------------------------------------------------------------------------------------------
 def imagine(
     model: Ensemble,
-    layers: tuple[Layers, Layers],
+    layers: Networks,
     obs: Tensor,
     plans: Tensor,
     noise: Tensor,
-    order: Tensor | None,
+    permutations: Tensor | None,
     gamma: float,
-    reward_fn: Callable | None,
-    termination_fn: Callable | None,
-    value_fn: Callable | None,
+    reward_fn: Callable | None = None,
+    termination_fn: Callable | None = None,
+    value_fn: Callable | None = None,
 ) -> Tensor:
     """Trajectory sampling (PETS, section 5.1): expected returns (N,) of action sequences.
 
-    obs (obs_size,), plans (N, H, action_size) in the environment's units, noise (H, G, N * P / G, obs_size) standard
-    normal. Of the P particles of a sequence, the G elite members of `layers` take P / G each: for all H steps (TS
-    infinity, `order` None), or dealt anew at every step by `order` (H, G, N * P / G), permutations over G (TS1).
+    obs (obs_size,), plans (N, H, A) in the environment's units, noise (H, G, N * P / G, obs_size) standard normal. Of
+    the P particles of a sequence, each of the G members of `layers` takes P / G: the same ones for all H steps (TS
+    infinity, `permutations` None), or particles change members before every step (TS1), as the `permutations` of G
+    say, (H, G, N * P / G).
     """
     groups, rows = noise.shape[1:3]
-    actions = plans.repeat_interleave(rows // len(plans), dim=0)  # (R, H, action_size), R = N * P / G
+    actions = plans.repeat_interleave(rows // len(plans), dim=0)  # (R, H, A), R = N * P / G
     state = obs.expand(groups, rows, -1)  # (G, R, obs_size)
-    alive, returns = torch.ones(groups, rows, device=obs.device), torch.zeros(groups, rows, device=obs.device)
+    alive = torch.ones(groups, rows, device=obs.device)  # the probability of it
+    returns = torch.zeros(groups, rows, device=obs.device)
     for step in range(plans.shape[1]):
-        if order is not None:
-            state = state.gather(0, order[step][..., None].expand_as(state))
-            alive, returns = alive.gather(0, order[step]), returns.gather(0, order[step])
+        if permutations is not None:
+            to = permutations[step]
+            state = state.gather(0, to[..., None].expand_as(state))
+            alive, returns = alive.gather(0, to), returns.gather(0, to)
         action = actions[:, step].expand(groups, -1, -1)
-        mean, std = model.predict(state, action, layers)
+        mean, std = model.predict(state, action, layers[0])
         delta = mean + std * noise[step]
         next_state = state + delta
-        reward, logit = model.outcome(action, delta, next_state, layers).unbind(-1)
-        reward = reward_fn(state, action, next_state) if reward_fn else reward * model.reward_std + model.reward_mean
+
+        if reward_fn is None:
+            reward = model.predict_reward(delta, action, next_state, layers[1]).squeeze(-1)  # (G, R)
+            reward = reward * model.reward_std + model.reward_mean
+        else:
+            reward = reward_fn(state, action, next_state)
+        if termination_fn is None:
+            survival = torch.sigmoid(-model.termination_logit(next_state, layers[2])).squeeze(-1)  # 1 - sigmoid(logit)
+        else:
+            survival = termination_fn(state, action, next_state).logical_not()
+
         returns = returns + gamma**step * alive * reward
-        alive = alive * (~termination_fn(state, action, next_state) if termination_fn else torch.sigmoid(-logit))
+        alive = alive * survival
         state = next_state
     if value_fn is not None:
         returns = returns + gamma ** plans.shape[1] * alive * value_fn(state)
     return returns.mean(0).view(len(plans), -1).mean(1)
 
 
-# Each planner gets `score`, from sequences (N, H, A) with actions in [-1, 1] to returns (N,), and `start` (M, H, A):
-# what it returned for the step before, shifted by one, or the middle of the action range where an episode begins. It
-# returns sequences (M', H, A), of which the first is carried out.
 def best_sequences(plans: Tensor, returns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of N sequences and a weight for each, which is 0 for returns that are no finite number."""
+    """The `count` best of N sequences, and weights (count, 1, 1): 0 for a return that is no finite number, else 1."""
     returns, index = torch.nan_to_num(returns, nan=-math.inf, posinf=-math.inf).topk(count)
     return plans[index], returns.isfinite().float()[:, None, None]
 
 
+def moments(best: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (H, A) of sequences (N, H, A) with weights (N, 1, 1)."""
+    mean = (weight * best).sum(0) / weight.sum()
+    return mean, (weight * (best - mean) ** 2).sum(0) / weight.sum()
+
+
+def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Sequences (count, H, A) of actions in [-1, 1]."""
+    return torch.rand(count, *like.shape[1:], generator=generator, device=like.device) * 2 - 1
+
+
+# Each planner gets `score`, from sequences (N, H, A) with actions in [-1, 1] to returns (N,), and `start` (M, H, A):
+# what it returned for the step before, shifted by one, or the middle of the action range where an episode begins. It
+# returns sequences (M', H, A), of which the first is carried out.
 def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """The best of population * iterations uniformly random sequences (PETS, section 5.2)."""
-    shape = (args.population * args.iterations, *start.shape[1:])
-    plans = torch.rand(shape, generator=generator, device=start.device) * 2 - 1
+    """The best of population * iterations uniformly random sequences."""
+    plans = uniform(args.population * args.iterations, start, generator)
     return best_sequences(plans, score(plans), 1)[0]
 
 
@@ -630,57 +739,55 @@ def cem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) 
     """Cross-entropy method as in the authors' code: returns the mean of the last distribution, not the best sample."""
     mean, variance = start[0], torch.full_like(start[0], 0.25)  # (range / 4)^2
     for _ in range(args.iterations):
-        # The bounds are at least two standard deviations away, which is where the normal distribution is cut.
+        # At most half the distance to the nearer bound: the samples, cut at two standard deviations, stay inside.
         std = torch.minimum(variance.sqrt(), torch.minimum(1 + mean, 1 - mean) / 2)
         noise = torch.empty(args.population, *mean.shape, device=mean.device)
-        plans = mean + std * nn.init.trunc_normal_(noise, generator=generator)  # cut at -2 and 2
+        plans = mean + std * nn.init.trunc_normal_(noise, a=-2, b=2, generator=generator)
         best, weight = best_sequences(plans, score(plans), args.num_best)
         if weight.any():
-            best_mean = (weight * best).sum(0) / weight.sum()
-            best_variance = (weight * (best - best_mean) ** 2).sum(0) / weight.sum()
-            mean = args.momentum * mean + (1 - args.momentum) * best_mean
-            variance = args.momentum * variance + (1 - args.momentum) * best_variance
+            best_mean, best_variance = moments(best, weight)
+            mean, variance = best_mean.lerp(mean, args.momentum), best_variance.lerp(variance, args.momentum)
     return mean[None]
 
 
 def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generator) -> Tensor:
     """Noise of unit variance (N, H, A) whose power at frequency f along H goes with f^-beta (Pinneri et al. 2020)."""
     count, steps, size = shape
-    frequency = torch.fft.rfftfreq(steps, device=generator.device)
+    frequency = torch.fft.rfftfreq(steps, device=generator.device)  # (F,)
     frequency[0] = 1 / steps
-    scale = frequency ** (-beta / 2)  # (F,)
-    # The constant and, for even H, the highest frequency have no imaginary part; their real part has all of the power.
-    ends = [0, -1] if steps % 2 == 0 else [0]
+    scale = frequency ** (-beta / 2)
     real, imaginary = torch.randn(2, count, size, len(scale), generator=generator, device=generator.device) * scale
+    # Frequency 0 and, for even H, the highest one stand for one real number each, the others for a conjugate pair.
+    ends = [0, -1] if steps % 2 == 0 else [0]
     real[..., ends] *= math.sqrt(2)
-    power = 4 * scale**2
+    power = 4 * scale**2  # of real and imaginary part, twice
     power[ends] /= 2
-    noise = torch.fft.irfft(torch.complex(real, imaginary), n=steps) * steps / power.sum().sqrt()
-    return noise.transpose(1, 2)
+    noise = torch.fft.irfft(torch.complex(real, imaginary), n=steps)  # (N, A, H), variance sum(power) / H^2
+    return (noise * steps / power.sum().sqrt()).transpose(1, 2)
 
 
 def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Improved CEM (Pinneri et al. 2020, algorithm 1): coloured noise, fewer samples in later iterations, the best
     sequences kept over iterations and steps, the mean as a candidate in the last one; carries out the best sequence."""
-    mean, kept = start[min(1, len(start) - 1)], start[2:]
+    # It returns [best, mean, *kept]; at the beginning of an episode there is but one sequence.
+    mean, kept = start[:2][-1], start[2:]
     std = torch.full_like(mean, 0.5)
     for iteration in range(args.iterations):
-        count = max(2 * args.num_best, int(args.population * 1.25**-iteration))
+        count = max(2 * args.num_best, int(args.population * 1.25**-iteration))  # their gamma
         plans = mean + std * coloured_noise((count, *mean.shape), args.noise_beta, generator)
         last = [mean[None]] if iteration == args.iterations - 1 else []
         plans = torch.cat([plans.clamp(-1, 1), kept, *last])
         best, weight = best_sequences(plans, score(plans), args.num_best)
         kept = best[: int(args.keep * args.num_best)]
         if weight.any():
-            best_mean = (weight * best).sum(0) / weight.sum()
-            best_std = ((weight * (best - best_mean) ** 2).sum(0) / weight.sum()).sqrt()
-            mean = args.momentum * mean + (1 - args.momentum) * best_mean
-            std = args.momentum * std + (1 - args.momentum) * best_std
+            best_mean, best_variance = moments(best, weight)
+            mean, std = best_mean.lerp(mean, args.momentum), best_variance.sqrt().lerp(std, args.momentum)
     return torch.cat([best[:1], mean[None], kept])
 
 
 def mppi(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Model-predictive path integral control (Williams et al. 2017): the mean of all samples by weights exp(return)."""
+    """Model-predictive path integral control (Williams et al. 2017) without its control cost: the mean of all samples,
+    each weighted by exp(return / temperature), with returns scaled to unit deviation."""
     mean = start[0]
     for _ in range(args.iterations):
         noise = torch.randn(args.population, *mean.shape, generator=generator, device=mean.device)
@@ -690,16 +797,14 @@ def mppi(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
         if len(finite):
             scaled = (returns - finite.max()) / (finite.std(correction=0) + 1e-6) / args.temperature
             weight = torch.where(returns.isfinite(), scaled, -math.inf).softmax(0)
-            mean = args.momentum * mean + (1 - args.momentum) * torch.einsum("n,nha->ha", weight, plans)
+            mean = torch.einsum("n,nha->ha", weight, plans).lerp(mean, args.momentum)
     return mean[None]
 
 
 def gradient(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Gradient ascent on the return through the model, from the last plan and num_best - 1 random sequences: shooting
-    with first derivatives, where iLQR uses second ones."""
-    shape = (args.num_best - 1, *start.shape[1:])
-    plans = torch.cat([start[:1], torch.rand(shape, generator=generator, device=start.device) * 2 - 1])
-    plans.requires_grad_()
+    with first derivatives. It needs more iterations than the others have by default."""
+    plans = torch.cat([start[:1], uniform(args.num_best - 1, start, generator)]).requires_grad_()
     optimizer = torch.optim.Adam([plans], lr=args.plan_lr)
     for _ in range(args.iterations):
         with torch.enable_grad():
@@ -712,24 +817,24 @@ def gradient(score: Callable, start: Tensor, args: Args, generator: torch.Genera
     return best_sequences(plans, score(plans), 1)[0]
 
 
+# For Discrete actions a sequence is of one-hot vectors, and `start` of probabilities.
 def random_shooting_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """The best of population * iterations random sequences of one-hot actions."""
+    """The best of population * iterations random sequences."""
     shape, size = (args.population * args.iterations, start.shape[1]), start.shape[2]
     plans = F.one_hot(torch.randint(size, shape, generator=generator, device=start.device), size).float()
     return best_sequences(plans, score(plans), 1)[0]
 
 
 def cem_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Cross-entropy method over one categorical distribution a step: `start` and the result are probabilities."""
-    # Half of it uniform: probabilities that came out as 0 and 1 would leave nothing to search at the next step.
+    """Cross-entropy method over one categorical distribution a step; returns their probabilities."""
+    # Probabilities that came out as 0 and 1 would leave nothing to search at the next step: half way to uniform.
     probabilities = (start[0] + 1 / start.shape[2]) / 2  # (H, A)
     for _ in range(args.iterations):
         actions = probabilities.multinomial(args.population, replacement=True, generator=generator).T  # (N, H)
         plans = F.one_hot(actions, probabilities.shape[1]).float()
         best, weight = best_sequences(plans, score(plans), args.num_best)
         if weight.any():
-            best_mean = (weight * best).sum(0) / weight.sum()
-            probabilities = args.momentum * probabilities + (1 - args.momentum) * best_mean
+            probabilities = moments(best, weight)[0].lerp(probabilities, args.momentum)
     return probabilities[None]
 
 
@@ -747,8 +852,6 @@ class Agent:
     for every step `act`, `env.step`, `observe`, `update`.
     """
 
-    chunk = 4096  # rows that are imagined at once: what they need stays in the cache of a core
-
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check_spaces(observation_space, action_space)
         self.args, self.discrete = args, isinstance(action_space, gym.spaces.Discrete)
@@ -760,106 +863,117 @@ class Agent:
         if self.discrete:
             self.action_size, self.first_action = int(action_space.n), int(action_space.start)
         else:
-            self.action_size, self.action_shape = math.prod(action_space.shape), action_space.shape
-            low, high = (
-                torch.tensor(bound.reshape(-1), device=self.device) for bound in (action_space.low, action_space.high)
-            )
+            self.action_size, self.action_space = math.prod(action_space.shape), action_space
+            bounds = (torch.tensor(bound.reshape(-1)) for bound in (action_space.low, action_space.high))
+            low, high = (bound.float().to(self.device) for bound in bounds)
             self.middle, self.half_range = (high + low) / 2, (high - low) / 2
+        # A plan that says nothing, (1, 1, A): the middle of the action range, or probabilities that are all equal.
+        self.neutral = torch.full(
+            (1, 1, self.action_size), 1 / self.action_size if self.discrete else 0.0, device=self.device
+        )
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
         self.model = Ensemble(self.obs_size, self.action_size, args, self.generator)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
-        self.data = Buffer(self.obs_size, self.action_size, self.device)
         self.value = Value(self.obs_size, self.generator) if args.terminal_value else None
+        self.data = Buffer(self.obs_size, self.action_size, self.device)
         self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
         self.loss_fn, self.imagine = ensemble_loss, imagine
         if args.compile:
             self.loss_fn, self.imagine = torch.compile(ensemble_loss), torch.compile(imagine)
+        # Rows imagined at once: on a CPU so many that what they need stays in the cache of a core.
+        self.chunk = 4096 if self.device.type == "cpu" else 2**20
         self.start: Tensor | None = None  # what the planner starts from at the next step
-        self.trained, self.episode, self.logs = 0, 0, {}
-        if args.init_from:
+        self.trained_on, self.episode, self.num_holdout, self.logs = 0, 0, 0, {}
+        if args.init_from and not (args.resume or args.evaluate):
             self.init_from(Path(args.init_from))
 
     def act(self, obs: Any) -> Any:
         """The first action of the plan; before `learning_starts` steps, a random one."""
         if self.data.size < self.args.learning_starts:
-            return self.to_env(self.random_actions(1)[0])
+            return self.to_env(self.random_action())
         action, self.start = self.plan(obs, self.start, self.generator)
         return action
 
-    def random_actions(self, count: int) -> Tensor:
-        """Uniform actions (count, action_size), in [-1, 1] or one-hot."""
+    def random_action(self) -> Tensor:
+        """Uniform action (A,), in [-1, 1] or one-hot."""
         if self.discrete:
-            index = torch.randint(self.action_size, (count,), generator=self.generator, device=self.device)
+            index = torch.randint(self.action_size, (), generator=self.generator, device=self.device)
             return F.one_hot(index, self.action_size).float()
-        return torch.rand(count, self.action_size, generator=self.generator, device=self.device) * 2 - 1
+        return uniform(1, self.neutral, self.generator)[0, 0]
 
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Returns the action, and what to start from at the next step; `start` None: an episode begins."""
         args = self.args
-        with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():
-            fill = torch.full(
-                (1, 1, self.action_size), 1 / self.action_size if self.discrete else 0.0, device=self.device
-            )
+        with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():  # which autograd refuses
             if start is None:
-                start = fill.expand(1, args.horizon, -1)
+                start = self.neutral.expand(1, args.horizon, -1)
             obs = torch.as_tensor(np.asarray(obs, np.float32).reshape(-1), device=self.device)
             layers = self.model.select(self.model.elites)
-            plans = self.planner(lambda plans: self.score(layers, obs, plans, generator), start, args, generator)
-            start = torch.cat([plans[:, 1:], fill.expand(len(plans), 1, -1)], dim=1)
-        return self.to_env(plans[0, 0]), start
+            found = self.planner(lambda plans: self.score(layers, obs, plans, generator), start, args, generator)
+            start = torch.cat([found[:, 1:], self.neutral.expand(len(found), 1, -1)], dim=1)
+        return self.to_env(found[0, 0]), start
 
-    def score(self, layers: tuple[Layers, Layers], obs: Tensor, plans: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, layers: Networks, obs: Tensor, plans: Tensor, generator: torch.Generator) -> Tensor:
         """Expected returns (N,) of sequences (N, H, A) in [-1, 1] or one-hot."""
         args, groups, returns = self.args, len(self.model.elites), []
-        actions = self.scaled(plans)
-        for part in actions.split(max(1, self.chunk // args.particles)):
+        functions = {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn, "value_fn": self.value}
+        for part in self.to_units(plans).split(max(1, self.chunk // args.particles)):
             shape = (args.horizon, groups, len(part) * args.particles // groups)
             noise = torch.randn(*shape, self.obs_size, generator=generator, device=self.device)
-            order = None
+            permutations = None
             if args.sampling == "ts1":
-                order = torch.rand(shape, generator=generator, device=self.device).argsort(1)
-            functions = self.reward_fn, self.termination_fn, self.value
-            returns.append(self.imagine(self.model, layers, obs, part, noise, order, args.gamma, *functions))
+                permutations = torch.rand(shape, generator=generator, device=self.device).argsort(1)
+            returns.append(self.imagine(self.model, layers, obs, part, noise, permutations, args.gamma, **functions))
         return torch.cat(returns)
 
-    def scaled(self, actions: Tensor) -> Tensor:
+    def to_units(self, actions: Tensor) -> Tensor:
         """Actions in [-1, 1] in the environment's units; one-hot ones stay as they are."""
         return actions if self.discrete else self.middle + self.half_range * actions
 
     def to_env(self, action: Tensor) -> Any:
-        """One action (action_size,) as the environment wants it; of probabilities the most probable."""
+        """One action (A,) as the environment wants it; of probabilities the most probable."""
         if self.discrete:
             return self.first_action + int(action.argmax())
-        return self.scaled(action).cpu().numpy().reshape(self.action_shape)
+        space = self.action_space
+        return self.to_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
         """Stores one real step; whether it goes to the hold-out set is drawn here, once and for all."""
-        before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         if self.discrete:
             action = np.eye(self.action_size, dtype=np.float32)[action - self.first_action]
-        draw = torch.rand((), generator=self.generator, device=self.device).item()
-        holdout = draw < self.args.holdout_ratio and int(self.data.holdout.sum()) < self.args.max_holdout
         # The difference of close numbers is taken before they are rounded to single precision.
+        before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         row = {"obs": before, "action": np.reshape(action, -1), "reward": reward, "delta": after - before}
+        draw = torch.rand((), generator=self.generator, device=self.device).item()
+        holdout = draw < self.args.holdout_ratio and self.data.size > 0 and self.num_holdout < self.args.max_holdout
+        self.num_holdout += holdout
         self.data.add(**row, terminated=terminated, episode=self.episode, holdout=holdout)
+        self.relabel(self.data.size - 1)
         if terminated or truncated:
             self.start, self.episode = None, self.episode + 1
+
+    def relabel(self, start: int) -> None:
+        """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
+        obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
+        step = obs, action, obs + self.data.delta[start : self.data.size]
+        if self.reward_fn is not None:
+            self.data.reward[start : self.data.size] = self.reward_fn(*step)
+        if self.termination_fn is not None:
+            self.data.terminated[start : self.data.size] = self.termination_fn(*step)
 
     def update(self) -> None:
         """Trains the ensemble every `train_every` steps, after a look at how it predicted what it had not seen."""
         args, size = self.args, self.data.size
-        if size >= args.learning_starts and (self.trained == 0 or size - self.trained >= args.train_every):
-            if self.trained:
-                self.logs |= diagnose(self.model, self.data, self.trained)
-            self.logs |= fit(self.model, self.optimizer, self.loss_fn, self.data, args, self.generator)
-            self.trained = size
-            if self.value is not None:
-                self.value.set_targets(self.data, args)
-        if self.value is not None and self.trained:
-            for _ in range(args.value_updates):
-                self.logs["losses/value_loss"] = self.value.update(self.data, self.generator)
+        if size < args.learning_starts or (self.trained_on and size - self.trained_on < args.train_every):
+            return
+        if self.trained_on:
+            self.logs |= diagnose(self.model, self.data, self.trained_on)
+        self.logs |= fit(self.model, self.optimizer, self.loss_fn, self.data, args, self.generator)
+        if self.value is not None:
+            self.logs |= self.value.fit(self.data, args, self.generator)
+        self.trained_on = size
 
     def greedy_policy(self, seed: int) -> Callable[[Any], Any]:
         """A policy (observation -> action) for one episode, which neither learns nor touches the agent."""
@@ -873,38 +987,36 @@ class Agent:
         return policy
 
     def metrics(self) -> dict[str, float]:
-        """What to log."""
+        """What to log, by TensorBoard tag."""
         return self.logs
 
     def init_from(self, folder: Path) -> None:
-        """Takes model and data of another run; the value is learned anew, for the rewards of the present task."""
+        """Takes model and data of another run; the value is learned from the data, for the present task."""
         try:
             state = read_checkpoint(folder / CHECKPOINT)["agent"]
             self.model.load_state_dict(state["model"])
             self.data.load_state_dict(state["data"])
         except Exception as error:
             raise Failure(f"cannot start from {folder}: {type(error).__name__}: {error}") from error
-        self.trained, self.episode = self.data.size, int(self.data.episode[self.data.size - 1]) + 1
-        columns = self.data.columns()
-        if self.reward_fn is not None:
-            columns["reward"][:] = self.reward_fn(columns["obs"], columns["action"], columns["obs"] + columns["delta"])
+        self.trained_on, self.episode = self.data.size, int(self.data.episode[self.data.size - 1]) + 1
+        self.num_holdout = int(self.data.column("holdout").sum())
+        self.relabel(0)
         if self.value is not None:
-            for _ in range(10):
-                self.value.set_targets(self.data, self.args)
-                for _ in range(200):
-                    self.value.update(self.data, self.generator)
+            self.logs |= self.value.fit(self.data, self.args, self.generator)
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
+        value = None
+        if self.value is not None:
+            value = {"network": self.value.state_dict(), "optimizer": self.value.optimizer.state_dict()}
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "value": value,
             "data": self.data.state_dict(),
-            "value": self.value and self.value.state_dict(),
-            "value_optimizer": self.value and self.value.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
+            "generator": {self.device.type: self.generator.get_state()},
             "start": self.start,
-            "counts": [self.trained, self.episode],
+            "counts": [self.trained_on, self.episode, self.num_holdout],
             "logs": self.logs,
         }
 
@@ -912,71 +1024,14 @@ class Agent:
         """Restores what `state_dict` gave into a newly made agent."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.data.load_state_dict(state["data"])
         if self.value is not None:
-            self.value.targets = torch.zeros_like(state["value"]["targets"], device=self.device)  # takes its size
-            self.value.load_state_dict(state["value"])
-            self.value.optimizer.load_state_dict(state["value_optimizer"])
-        self.generator.set_state(state["generator"])
+            self.value.load_state_dict(state["value"]["network"])
+            self.value.optimizer.load_state_dict(state["value"]["optimizer"])
+        self.data.load_state_dict(state["data"])
+        if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
+            self.generator.set_state(state["generator"][self.device.type])
         self.start = None if state["start"] is None else state["start"].to(self.device)
-        (self.trained, self.episode), self.logs = state["counts"], state["logs"]
-
-
-class Value(nn.Module):
-    """V(s), a network that learns the lambda-returns of the latest real steps."""
-
-    def __init__(self, obs_size: int, generator: torch.Generator):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_size, device=generator.device))
-        self.register_buffer("std", torch.ones(obs_size, device=generator.device))
-        self.register_buffer("target_mean", torch.zeros((), device=generator.device))
-        self.register_buffer("target_std", torch.ones((), device=generator.device))
-        self.layers = nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise((obs_size, 256, 256, 1)):
-            weight = torch.randn(fan_out, fan_in, generator=generator, device=generator.device) / math.sqrt(fan_in)
-            self.layers.extend([weight, torch.zeros(fan_out, device=generator.device)])
-        self.optimizer = torch.optim.Adam(self.layers, lr=1e-3)
-        self.register_buffer("targets", torch.zeros(0, device=generator.device))  # of the steps from `first` on
-        self.register_buffer("first", torch.tensor(0, device=generator.device))
-
-    @torch.no_grad()
-    def set_targets(self, data: Buffer, args: Args) -> None:
-        """Computes the lambda-returns of the latest steps (Sutton & Barto, section 12.1), from the last to the first: a
-        termination ends the value; a truncation, and the end of the data, are worth the value of the next obs."""
-        self.first.fill_(max(0, data.size - args.value_window))
-        columns = {name: column[self.first :] for name, column in data.columns().items()}
-        obs = columns["obs"]
-        self.mean.copy_(obs.mean(0))
-        self.std.copy_(obs.std(0, correction=0) + 1e-6)
-        after = self(obs + columns["delta"]).tolist()
-        goes_on = [*(columns["episode"][1:] == columns["episode"][:-1]).tolist(), False]
-        reward, terminated = columns["reward"].tolist(), columns["terminated"].tolist()
-        targets = [0.0] * len(reward)
-        for step in reversed(range(len(reward))):
-            value = after[step]
-            if goes_on[step]:
-                value += args.value_lambda * (targets[step + 1] - value)
-            targets[step] = reward[step] + args.gamma * value * (not terminated[step])
-        self.targets = torch.tensor(targets, device=obs.device)
-        self.target_mean.copy_(self.targets.mean())
-        self.target_std.copy_(self.targets.std(correction=0) + 1e-6)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """(..., obs_size) -> (...)."""
-        layers, x = self.layers, (obs - self.mean) / self.std
-        for index in (0, 2):
-            x = F.silu(F.linear(x, layers[index], layers[index + 1]))
-        return F.linear(x, layers[4], layers[5]).squeeze(-1) * self.target_std + self.target_mean
-
-    def update(self, data: Buffer, generator: torch.Generator) -> float:
-        """One gradient step on 256 of the steps that there are targets for."""
-        rows = torch.randint(len(self.targets), (256,), generator=generator, device=self.targets.device)
-        error = self(data.obs[self.first + rows]) - self.targets[rows]
-        loss = ((error / self.target_std) ** 2).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+        (self.trained_on, self.episode, self.num_holdout), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:
@@ -1069,7 +1124,7 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps up to and with the one that the caller makes next (or the `stride`
+        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
         parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
@@ -1103,7 +1158,7 @@ class Run:
                 signal.signal(number, handler)
 
     def due(self, every: int, before: int) -> bool:
-        """Whether a multiple of `every` lies behind step `before`, up to this one; at the end everything is due."""
+        """Whether a multiple of `every` was reached since step `before`; at the end everything is due."""
         return self.step >= self.args.total_timesteps or self.step // every > before // every
 
     def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
@@ -1196,6 +1251,8 @@ class Run:
         """Writes and returns the result, and says where to look."""
         if self.args.evaluate or not self.returns:
             self.evaluate()
+            if not self.args.evaluate:  # not a single step was asked for
+                self.save()
         result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
         result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
         result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}

@@ -81,7 +81,7 @@ class Args:
     env_id: str = "BlockingMaze-v0"
     """Gymnasium id, `module:Name-v0` for another package's. Built in: DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0."""
     env_kwargs: tuple[str, ...] = ()
-    """Options of the environment, as name=value: `--env-kwargs is_slippery=False map_name=8x8`."""
+    """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
     total_timesteps: int = 6_000
     """Environment steps (calls of `env.step`) to learn for."""
     seed: int = 1
@@ -315,7 +315,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """Returns next observation, reward, terminated, truncated; after either of the two, call `reset`."""
+        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
             self.obs, reward, terminated, truncated, self.info = self.env.step(action)
             check_observation(self.obs, self.env.observation_space)
@@ -679,7 +679,7 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps up to and with the one that the caller makes next (or the `stride`
+        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
         parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
@@ -713,7 +713,7 @@ class Run:
                 signal.signal(number, handler)
 
     def due(self, every: int, before: int) -> bool:
-        """Whether a multiple of `every` lies behind step `before`, up to this one; at the end everything is due."""
+        """Whether a multiple of `every` was reached since step `before`; at the end everything is due."""
         return self.step >= self.args.total_timesteps or self.step // every > before // every
 
     def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
@@ -806,6 +806,8 @@ class Run:
         """Writes and returns the result, and says where to look."""
         if self.args.evaluate or not self.returns:
             self.evaluate()
+            if not self.args.evaluate:  # not a single step was asked for
+                self.save()
         result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
         result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
         result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}

@@ -341,7 +341,7 @@ BAD_ARGS = {
     ],
     "dyna_q_plus": [("--kappa -1", "--kappa must be")],
     "cem_mpc": [
-        ("--env-id FrozenLake-v1", "must be a vector.*dyna_q.py"),
+        ("--env-id FrozenLake-v1", "must be a Box.*dyna_q.py"),
         ("--env-id CartPole-v1 --planner icem", "icem is not for Discrete.*random_shooting, cem"),
         ("--device mps", "there is none that PyTorch can use"),
         ("--threads 0", "--threads must be"),
