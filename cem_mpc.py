@@ -141,9 +141,9 @@ class Args:
     train_every: int = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: int = 5
-    """Epochs without a member better by 1 % on the hold-out set, after which a training ends (MBPO)."""
-    max_epochs: int = 50
-    """Epochs after which a training ends in any case."""
+    """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
+    max_epochs: int = 15
+    """Epochs after which a training ends in any case (PETS: 5 a trial)."""
     holdout_ratio: float = 0.1
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
     max_holdout: int = 5_000
