@@ -34,6 +34,7 @@ Expect:  in about a second, a path of 14 steps through the Dyna maze, the shorte
          slippery FrozenLake with the command above, return 0.72 (mean of 10 seeds; the best is 0.74).
 """
 
+import argparse
 import ast
 import dataclasses
 import gzip
@@ -127,6 +128,10 @@ class Args:
             n_planning=(0, math.inf),
             initial_q=(-1e9, 1e9),
         )
+
+
+# Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
+PRESETS: dict[str, dict[str, Any]] = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100}}
 
 
 def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
@@ -592,8 +597,13 @@ def read_checkpoint(path: Path) -> dict:
 
 def parse_args() -> Args:
     """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
-    args = tyro.cli(Args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    env_id = parser.parse_known_args()[0].env_id
+    args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
     if not (folder := args.resume or args.evaluate):
+        if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
+            print(f"settings for {env_id}: {', '.join(preset)}")
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())

@@ -35,6 +35,7 @@ Expect:  in about a second, the shortest path through the maze as it is after it
          policy is greedy in values that the learned model gives without the bonus; Q itself holds the bonus.
 """
 
+import argparse
 import ast
 import dataclasses
 import gzip
@@ -133,6 +134,10 @@ class Args:
             initial_q=(-1e9, 1e9),
             kappa=(0, 1e9),
         )
+
+
+# Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
+PRESETS: dict[str, dict[str, Any]] = {}
 
 
 def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
@@ -626,8 +631,13 @@ def read_checkpoint(path: Path) -> dict:
 
 def parse_args() -> Args:
     """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
-    args = tyro.cli(Args)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    env_id = parser.parse_known_args()[0].env_id
+    args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
     if not (folder := args.resume or args.evaluate):
+        if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
+            print(f"settings for {env_id}: {', '.join(preset)}")
         return args
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())

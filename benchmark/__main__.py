@@ -4,7 +4,7 @@
     python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
-    python -m benchmark speed           planning updates and real steps a second
+    python -m benchmark speed SCRIPT    how fast dyna_q or cem_mpc is
 
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
 """
@@ -12,17 +12,19 @@ From the root of the repository. An interrupted run continues where it stopped w
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from . import speed_cem_mpc, speed_dyna_q
 from .collect import collect_suite
 from .plot import plot_suite
 from .run import run_suite
-from .speed import measure
 from .suites import SUITES, Incomplete, Suite
 
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
+SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure}
+Script = Annotated[Literal[tuple(SPEED)], tyro.conf.Positional]
 Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
 
 
@@ -71,15 +73,15 @@ def run_collect_plot(suite: SuiteName, workers: Workers = 2) -> None:
     plot(suite)
 
 
-def speed(peer: Path | None = None, rounds: int = 7) -> None:
-    """Measure planning updates and real steps a second.
+def speed(script: Script, peer: Path | None = None, rounds: int = 7) -> None:
+    """Measure how fast a script is.
 
     Args:
-        peer: Checkout of ShangtongZhang/reinforcement-learning-an-introduction, or its chapter08/maze.py.
+        peer: Checkout of what to compare with; benchmark/README.md says of which repository.
         rounds: How often each contestant is measured; the medians are printed.
     """
     try:
-        print(measure(peer, rounds))
+        print(SPEED[script](peer, rounds))
     except FileNotFoundError as error:
         fail(str(error), 2)
 

@@ -70,6 +70,9 @@ SHARED_BLOCKS = [
 ]
 FAMILY_BLOCKS = ["write_checkpoint", "read_checkpoint", "CHECKPOINT", "check_observation"]
 TABULAR_BLOCKS = ["Maze", "DYNA_MAZE", "table_key", "random_argmax", "draw_grid", "train"]
+ENSEMBLE = ["cem_mpc", "mbpo"]
+ENSEMBLE_BLOCKS = ["Layers", "Networks", "mlp", "Ensemble", "ensemble_losses", "ensemble_loss", "fit", "diagnose"]
+ENSEMBLE_BLOCKS += ["Buffer", "load_function", "find_device"]
 LITTLE = {"total_timesteps": 500, "eval_episodes": 2}
 SMALL = ["--total-timesteps", "600", "--eval-every", "300", "--checkpoint-every", "200", "--eval-episodes", "2"]
 
@@ -88,6 +91,7 @@ def targets(node: ast.stmt) -> set[str]:
 
 
 BLOCKS = [(SCRIPTS, name) for name in SHARED_BLOCKS] + [(TABULAR, name) for name in TABULAR_BLOCKS]
+BLOCKS += [(ENSEMBLE, name) for name in ENSEMBLE_BLOCKS]
 BLOCKS += [(family, name) for family in (TABULAR, NEURAL) for name in FAMILY_BLOCKS]
 
 
@@ -357,6 +361,26 @@ BAD_ARGS = {
         ("--reward-fn math:nonsense", "math:nonsense"),
         ("--termination-fn no_such_module:f", "no_such_module"),
         ("--init-from /no/such/folder", "cannot start from /no/such/folder"),
+    ],
+    "mbpo": [
+        ("--env-id FrozenLake-v1", "must be a Box.*dyna_q.py"),
+        ("--env-id CartPole-v1", "must be a bounded Box.*cem_mpc.py"),
+        ("--device mps", "there is none that PyTorch can use"),
+        ("--threads 0", "--threads must be"),
+        ("--real-ratio 1.5", "--real-ratio must be from 0 to 1"),
+        ("--batch-size 0", "--batch-size must be"),
+        ("--tau nan", "--tau must be"),
+        ("--target-entropy nan", "--target-entropy must be a number"),
+        ("--critic-dropout 1", "--critic-dropout must be"),
+        ("--policy-hidden 16 0", "--policy-hidden needs values of at least 1"),
+        ("--rollout-schedule 10 5 1 1", "the second one later"),
+        ("--rollout-schedule 0 1 2 1", "two lengths from 1 to 1000"),
+        ("--rollouts 0", "--rollouts must be"),
+        ("--max-disagreement 0", "--max-disagreement must be above 0"),
+        ("--num-elites 4", "--num-elites must be from 1 to 3"),
+        ("--hidden 16", "--weight-decay needs one value more"),
+        ("--model-lr nan", "--model-lr must be"),
+        ("--reward-fn nonsense", "module:function"),
     ],
 }
 

@@ -1,0 +1,405 @@
+"""mbpo.py against numerical integration, hand-made transitions and brute force, and the traps."""
+
+import copy
+import math
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_args
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mbpo
+from mbpo import Actor, Agent, Args, Critic, Pool, actor_loss, critic_loss, imagine, imagined_step, rollout_length
+
+OBS, ACTION = 3, 2
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_args(**fields: object) -> Args:
+    return tiny_args(mbpo, **fields)
+
+
+def box(size: int) -> gym.spaces.Box:
+    return gym.spaces.Box(-1.0, 1.0, (size,), np.float32)
+
+
+def small_agent(steps: int = 0, **fields: object) -> Agent:
+    """An agent that has seen so many random transitions, a tenth of them terminations."""
+    agent, rng = Agent(box(OBS), box(ACTION), small_args(**fields)), np.random.default_rng(0)
+    for step in range(steps):
+        obs, action = rng.normal(size=OBS), rng.uniform(-1, 1, ACTION)
+        agent.observe(obs, action, obs[0], obs + 0.1 * action.sum(), step % 10 == 9)
+    return agent
+
+
+def fill_pool(agent: Agent, count: int = 50) -> None:
+    agent.pool.resize(count)
+    rows = {name: torch.full((count, column.shape[1]), 7.0) for name, column in agent.pool.columns.items()}
+    agent.pool.add(rows)
+
+
+def batch_of(rows: int) -> dict[str, Tensor]:
+    sizes = {"obs": OBS, "action": ACTION, "reward": 1, "next_obs": OBS}
+    batch = {
+        name: torch.randn(rows, size, generator=generator(index)) for index, (name, size) in enumerate(sizes.items())
+    }
+    return batch | {"goes_on": torch.ones(rows, 1), "weight": torch.ones(rows, 1)}
+
+
+# --- actor ----------------------------------------------------------------------------------------------------------
+def test_density_of_actions_integrates_to_one():
+    actor = Actor(OBS, 1, small_args(), generator())
+    obs = torch.randn(1, OBS, generator=generator(1))
+    mean, log_std = actor(obs)
+    u = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    noise = ((u - mean.item()) / log_std.exp().item()).float()[:, None]
+    action, log_prob = actor.sample(obs.expand(len(u), -1), noise)
+    inner = action[:, 0].abs() < 0.99999  # where neighbours can still be told apart in single precision
+    area = torch.trapezoid(log_prob[inner, 0].exp(), action[inner, 0]).item()
+    assert area == pytest.approx(1.0, abs=2e-3)
+
+
+def test_log_density_is_exact_far_out_where_tanh_is_one():
+    actor = Actor(OBS, ACTION, small_args(), generator())
+    obs, noise = torch.randn(50, OBS, generator=generator(1)), 15 * torch.randn(50, ACTION, generator=generator(2))
+    mean, log_std = (part.double() for part in actor(obs))
+    action, log_prob = actor.sample(obs, noise)
+    assert (action.abs() == 1).any()
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    u = mean + log_std.exp() * noise.double()
+    wanted = normal.log_prob(u) + 2 * torch.log(torch.cosh(u.clamp(-300, 300)))  # 1 - tanh^2 = 1 / cosh^2
+    torch.testing.assert_close(log_prob.double(), wanted.sum(-1, keepdim=True), rtol=1e-5, atol=1e-3)
+
+
+def test_actions_are_drawn_in_the_range_of_the_environment_and_the_greedy_one_is_the_mean():
+    space = gym.spaces.Box(np.array([-3.0, 0.0]), np.array([1.0, 10.0]), dtype=np.float64)
+    agent, obs = Agent(box(OBS), space, small_args(learning_starts=200)), np.ones(OBS)
+    actions = []
+    for _ in range(400):  # half of them uniform, half by the policy
+        actions.append(agent.act(obs))
+        assert space.contains(actions[-1])
+        agent.observe(obs, actions[-1], 0.0, obs, False)
+    assert np.array(actions[:200]).min(0) == pytest.approx([-3, 0], abs=0.2)
+    assert np.array(actions[:200]).max(0) == pytest.approx([1, 10], abs=0.2)
+    assert np.std(actions[200:], axis=0).min() > 0.1
+    units = agent.data.action[:400]
+    assert units.abs().max() <= 1.0
+    np.testing.assert_allclose(agent.to_env(units[7]), actions[7], rtol=1e-6, atol=1e-6)
+    policy = agent.greedy_policy(0)
+    mean = agent.actor(agent.tensor(obs))[0][0].tanh().detach().numpy()
+    np.testing.assert_allclose(policy(obs), np.array([-1.0, 5.0]) + np.array([2.0, 5.0]) * mean, rtol=1e-5)
+    assert (policy(obs) == agent.greedy_policy(1)(obs)).all()
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+class Constant(torch.nn.Module):
+    """A critic that says the same of everything."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value))
+
+    def forward(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.value.expand(len(obs), 1)
+
+
+def test_critic_loss_on_transitions_by_hand():
+    actor, batch, noise = Actor(OBS, ACTION, small_args(), generator()), batch_of(3), torch.randn(3, ACTION)
+    batch["goes_on"][1] = 0.0
+    batch["weight"][2] = 0.5
+    critics, targets = [Constant(1.0), Constant(2.0)], [Constant(10.0), Constant(8.0)]
+    alpha, gamma, total = torch.tensor(0.2), 0.9, 0.0
+    _, log_prob = actor.sample(batch["next_obs"], noise)
+    for row in range(3):
+        wanted = batch["reward"][row].item()
+        if row != 1:
+            wanted += gamma * (8.0 - 0.2 * log_prob[row].item())
+        total += (0.5 if row == 2 else 1.0) * 0.5 * ((1.0 - wanted) ** 2 + (2.0 - wanted) ** 2) / 3
+    loss = critic_loss(actor, critics, targets, batch, noise, alpha, gamma, None)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_actor_loss_is_that_of_the_smaller_critic():
+    actor, batch, noise = Actor(OBS, ACTION, small_args(), generator()), batch_of(5), torch.randn(5, ACTION)
+    loss, entropy = actor_loss(actor, [Constant(3.0), Constant(2.0)], batch["obs"], noise, torch.tensor(0.5), None)
+    _, log_prob = actor.sample(batch["obs"], noise)
+    assert loss.item() == pytest.approx(0.5 * log_prob.mean().item() - 2.0, rel=1e-5)
+    assert entropy.item() == pytest.approx(-log_prob.mean().item(), rel=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_gradients_go_where_they_should_and_nowhere_else():
+    agent, batch = small_agent(batch_size=8), batch_of(8)
+    noise, alpha = torch.randn(8, ACTION), torch.tensor(0.2)
+    loss = critic_loss(agent.actor, agent.critics, agent.targets, batch, noise, alpha, 0.99, None)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in [*agent.actor.parameters(), *agent.targets.parameters()])
+    assert all((layer.weight.grad != 0).any() for critic in agent.critics for layer in critic.layers)
+    wanted: list[Tensor] = []
+
+    def watched(*args: object) -> Tensor:
+        loss = critic_loss(*args)
+        wanted.extend(torch.autograd.grad(loss, list(agent.critics.parameters()), retain_graph=True, allow_unused=True))
+        return loss
+
+    agent.critic_loss = watched
+    agent.update_policy(batch)  # the actor's loss, which comes second, adds nothing to the gradient of the critics
+    for gradient, parameter in zip(wanted, agent.critics.parameters(), strict=True):
+        assert gradient is None if parameter.grad is None else torch.equal(gradient, parameter.grad)
+    assert all((layer.weight.grad != 0).any() for layer in agent.actor.layers)
+
+
+@pytest.mark.parametrize(("target", "grows"), [(100.0, True), (-100.0, False)])
+def test_temperature_grows_where_the_entropy_is_below_its_target(target, grows):
+    agent = small_agent(target_entropy=target, batch_size=8)
+    agent.update_policy(batch_of(8))
+    assert (agent.log_alpha.item() > 0) == grows
+
+
+def test_targets_follow_by_polyak_averaging():
+    agent = small_agent(tau=0.1, batch_size=8)
+    old = [parameter.clone() for parameter in agent.targets.parameters()]
+    agent.update_policy(batch_of(8))
+    for before, target, parameter in zip(old, agent.targets.parameters(), agent.critics.parameters(), strict=True):
+        torch.testing.assert_close(target.data, 0.9 * before + 0.1 * parameter.data)
+
+
+def test_target_entropy_is_minus_half_the_dimensions():
+    assert small_agent().target_entropy == -1.0
+    assert small_agent(target_entropy=-0.05).target_entropy == -0.05
+
+
+def test_dropout_and_layer_norm_of_the_critic():
+    args = small_args(critic_dropout=0.5, critic_layer_norm=True)
+    critic, obs, action = Critic(OBS, ACTION, args, generator()), torch.randn(4, OBS), torch.randn(4, ACTION)
+    one, two = (critic(obs, action, generator(seed)) for seed in (1, 2))
+    assert not torch.equal(one, two)
+    assert torch.equal(one, critic(obs, action, generator(1)))
+    x = torch.cat([obs, action], dim=-1)
+    for layer, norm in zip(critic.layers, critic.norms, strict=True):
+        x = layer(x)
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        x = x.relu()
+    critic.dropout = 0.0
+    torch.testing.assert_close(critic(obs, action), critic.last(x))
+
+
+# --- rollouts -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("step", "length"),
+    [(0, 1), (20_000, 1), (85_000, 8), (149_999, 14), (150_000, 15), (900_000, 15)],
+)
+def test_schedule_of_hopper(step, length):
+    assert rollout_length(step, (20_000, 150_000, 1, 15)) == length
+
+
+def test_each_row_is_predicted_by_an_elite_of_its_own():
+    agent = small_agent(ensemble_size=5, num_elites=4)
+    model, rows = agent.model, 8_000
+    with torch.no_grad():
+        model.elites.copy_(torch.tensor([4, 2, 1, 0]))
+        for layer in [*model.dynamics, *model.reward, *model.termination]:
+            layer.zero_()
+        model.dynamics[-1][:, 0, :OBS] = torch.arange(5.0)[:, None]  # member m moves by m
+        model.reward[-1][:, 0, 0] = 10 * torch.arange(5.0)
+        model.dynamics[-1][:, 0, OBS:] = -100.0
+        model.min_logvar.fill_(-100.0)
+        model.termination[-1][:] = -1.0
+    obs = torch.arange(float(rows))[:, None].expand(rows, OBS).contiguous() * 10
+    action = torch.zeros(rows, ACTION)
+    with torch.no_grad():
+        next_obs, reward, terminated = imagined_step(model, obs, action, generator(), None, None, 500)
+    member = (next_obs - obs)[:, 0]  # rows are not mixed, or this would be no small number
+    assert torch.equal((next_obs - obs), member[:, None].expand(rows, OBS))
+    assert set(member.tolist()) == {0.0, 1.0, 2.0, 4.0}
+    torch.testing.assert_close(reward[:, 0], 10 * member)
+    counts = member.long().bincount(minlength=5)[[0, 1, 2, 4]]
+    assert (counts - rows / 4).abs().max() < 5 * math.sqrt(rows * 0.25 * 0.75)
+    assert (member[1:] == member[:-1]).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert not terminated.any()
+    with torch.no_grad():
+        again, _, _ = imagined_step(model, obs, action, generator(1), None, None, 500)
+    assert ((again - obs)[:, 0] == member).float().mean().item() == pytest.approx(0.25, abs=0.03)  # drawn anew
+
+
+def given_reward(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+    return 3 * obs[..., 0] + action[..., 1]
+
+
+def given_end(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+    return next_obs[..., 0] > 0.5
+
+
+def test_rollouts_go_on_from_where_they_are_without_those_that_ended():
+    agent = small_agent(100)
+    obs = agent.data.obs[:60]
+    parts = list(imagine(agent.model, agent.actor, obs, 4, agent.args, generator(), given_reward, given_end, chunk=7))
+    assert torch.equal(parts[0]["obs"], obs)
+    ended = 0
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        torch.testing.assert_close(part["reward"], given_reward(part["obs"], part["action"], None)[:, None])
+        assert torch.equal(part["goes_on"], (part["next_obs"][:, :1] <= 0.5).float())
+        ended += int((part["goes_on"] == 0).sum())
+        if following is not None:
+            assert torch.equal(following["obs"], part["next_obs"][part["goes_on"][:, 0] == 1])
+    assert 0 < ended < 60
+
+
+def test_a_rollout_ends_where_the_ensemble_disagrees_and_counts_less_where_it_does_a_little():
+    agent = small_agent(100)
+    with torch.no_grad():
+        for layer in agent.model.dynamics:
+            layer.zero_()
+        # Members disagree by the first dimension of the observation.
+        agent.model.dynamics[0][:, 0, 0], agent.model.dynamics[2][:, 0, 0] = 1.0, 1.0
+        agent.model.dynamics[4][:, 0, :OBS] = torch.arange(3.0)[:, None]
+    agent.args.max_disagreement, agent.args.weigh_disagreement = 0.2, True
+    obs = torch.zeros(40, OBS)
+    obs[:, 0] = torch.linspace(-3, 3, 40)
+    spread = mbpo.disagreement(agent.model, obs, torch.zeros(40, ACTION), 7)
+    assert spread.shape == (40, 1)
+    (rows,) = imagine(
+        agent.model, agent.actor, obs, 1, agent.args, generator(), given_reward, lambda *step: step[0][:, 0] > 9
+    )
+    known = spread[:, 0] < 0.2
+    assert 0 < known.sum() < 40
+    assert torch.equal(rows["obs"], obs[known])
+    torch.testing.assert_close(rows["weight"], 1 / (1 + spread[known]))
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12))
+def test_pool_holds_the_latest(operations):
+    pool, wanted, counter, capacity = Pool(1, 1, torch.device("cpu")), [], 0, 0
+    for size, count in operations:
+        if count == 0 or capacity == 0:
+            capacity = size
+            pool.resize(capacity)
+        count = min(count, capacity)
+        rows = torch.arange(float(counter), counter + count)[:, None]
+        pool.add(dict.fromkeys(pool.columns, rows))
+        counter += count
+        wanted = [*wanted, *rows[:, 0].tolist()][-capacity:]
+        for column in pool.columns.values():
+            assert sorted(column[: pool.size, 0].tolist()) == wanted
+    other = Pool(1, 1, torch.device("cpu"))
+    other.load_state_dict(pool.state_dict())
+    for name, column in pool.columns.items():
+        assert torch.equal(column, other.columns[name])
+    assert (pool.size, pool.position) == (other.size, other.position)
+
+
+# --- agent ----------------------------------------------------------------------------------------------------------
+def test_capacity_of_the_pool_is_length_times_rollouts_times_trainings():
+    agent = small_agent(60, rollouts=20, keep_trainings=3, rollout_schedule=(50, 100, 1, 5), termination_fn=None)
+    agent.train_model()
+    assert len(agent.pool.columns["obs"]) == 1 * 20 * 3
+    first = agent.pool.columns["born"][: agent.pool.size].clone()
+    for _ in range(40):
+        agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
+    agent.train_model()
+    assert len(agent.pool.columns["obs"]) == 5 * 20 * 3
+    assert torch.equal(agent.pool.columns["born"][: len(first)], first)  # what was there stays when it grows
+    assert agent.pool.size > len(first)
+
+
+def test_nothing_is_learned_before_the_model_and_its_rollouts():
+    agent, calls = small_agent(29, learning_starts=30, updates_per_step=2), []
+    agent.update_policy = lambda batch: calls.append((agent.trained_on, agent.pool.size))
+    agent.update()
+    assert calls == []
+    agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
+    agent.update()
+    assert len(calls) == 2
+    assert all(trained_on == 30 and size > 0 for trained_on, size in calls)
+
+
+@pytest.mark.parametrize(("ratio", "real"), [(0.05, 12), (0.0, 0), (0.5, 128), (1.0, 256)])
+def test_share_of_real_transitions_in_a_batch(ratio, real):
+    agent = small_agent(40, real_ratio=ratio, batch_size=256)
+    fill_pool(agent)
+    batches = agent.batches(3)
+    assert all(len(column) == 3 for column in batches.values())
+    imagined = (batches["obs"] == 7).all(-1)
+    assert imagined.sum(1).tolist() == [256 - real] * 3
+    rows = {tuple(row) for row in agent.data.obs[:40].tolist()}
+    for obs, next_obs, goes_on, reward, weight in zip(
+        *(batches[name][~imagined] for name in ("obs", "next_obs", "goes_on", "reward", "weight")), strict=True
+    ):
+        assert tuple(obs.tolist()) in rows
+        index = (agent.data.obs[:40] == obs).all(1).nonzero().item()
+        torch.testing.assert_close(next_obs, obs + agent.data.delta[index])
+        assert goes_on.item() == 1 - agent.data.terminated[index].item()
+        assert reward.item() == pytest.approx(obs[0].item())
+        assert weight.item() == 1
+
+
+def test_share_of_real_transitions_falls_from_one():
+    agent = small_agent(10, real_ratio=0.2, real_ratio_steps=100, learning_starts=10)
+    shares = []
+    for _ in range(120):
+        shares.append(agent.real_ratio())
+        agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
+    assert shares[0] == 1.0
+    assert shares[50] == pytest.approx(0.6)
+    assert shares[100:] == [0.2] * 20
+
+
+def test_without_a_model_none_is_trained_and_nothing_imagined(monkeypatch):
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(mbpo, "fit", never)
+    monkeypatch.setattr(mbpo, "imagine", never)
+    agent = small_agent(40, real_ratio=1.0)
+    before = copy.deepcopy(agent.actor.state_dict())
+    agent.update()
+    assert any(not torch.equal(value, before[name]) for name, value in agent.actor.state_dict().items())
+    assert agent.pool.size == 0
+
+
+def test_differences_are_taken_before_they_are_rounded():
+    agent = small_agent()
+    agent.observe(np.array([1e6, 0, 0]), np.zeros(2), 0.0, np.array([1e6 + 1e-3, 0, 0]), False)
+    assert agent.data.delta[0, 0].item() == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_given_functions_get_actions_in_units(tmp_path, monkeypatch):
+    (tmp_path / "mytask.py").write_text(
+        "def reward(obs, action, next_obs):\n    return action[..., 0]\n"
+        "def end(obs, action, next_obs):\n    return action[..., 0] > 1.9\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+    agent = Agent(box(OBS), space, small_args(reward_fn="mytask:reward", termination_fn="mytask:end"))
+    assert agent.reward_fn(None, torch.tensor([[0.5]]), None).tolist() == [1.0]
+    assert agent.termination_fn(None, torch.tensor([[0.99], [0.5]]), None).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"env_id": "MountainCarContinuous-v0"},
+        {"real_ratio": 1.0, "critic_layer_norm": True, "critic_dropout": 0.01},
+        {"max_disagreement": 0.5, "weigh_disagreement": True, "rollout_schedule": (0, 50, 1, 4)},
+        {"real_ratio": 0.5, "real_ratio_steps": 50},
+    ],
+    ids=str,
+)
+def test_variants_run_through(fields, tmp_path):
+    args = small_args(run_dir=str(tmp_path), total_timesteps=80, eval_episodes=1, **fields)
+    args.env_kwargs = ("max_episode_steps=30",)
+    assert math.isfinite(mbpo.train(args)["eval_return_mean"])
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_bare_command_swings_the_pendulum_up(tmp_path: Path):
+    assert mbpo.train(Args(run_dir=str(tmp_path)))["eval_return_mean"] >= -200
