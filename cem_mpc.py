@@ -219,7 +219,8 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 1_500, "horizon": 40},
-    "InvertedPendulum-v5": {"total_timesteps": 2_000, "horizon": 10, "terminal_value": True},
+    "InvertedPendulum-v5": {"total_timesteps": 2_000, "planner": "icem", "noise_beta": 0.5, "horizon": 15}
+    | {"terminal_value": True},
     "Reacher-v5": {"total_timesteps": 2_000, "eval_episodes": 20, "train_every": 250},
 }
 
@@ -271,7 +272,8 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
             f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: dyna_q.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    if not (box and action_space.is_bounded()) and not isinstance(action_space, gym.spaces.Discrete):
+    bounded = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
+    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
         raise Failure(f"actions must be a bounded Box of floating-point numbers, or Discrete, not {action_space}")
 
 
@@ -915,10 +917,8 @@ class Agent:
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Returns the action, and what to start from at the next step; `start` None: an episode begins."""
         args = self.args
-        no_gradient = (
-            torch.no_grad() if args.planner == "gradient" else torch.inference_mode()
-        )  # which autograd refuses
-        with no_gradient, torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+        # Autograd refuses what was made in inference mode.
+        with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():
             if start is None:
                 start = self.neutral.expand(1, args.horizon, -1)
             obs = torch.as_tensor(np.asarray(obs, np.float32).reshape(-1), device=self.device)
@@ -937,7 +937,9 @@ class Agent:
             permutations = None
             if args.sampling == "ts1":
                 permutations = torch.rand(shape, generator=generator, device=self.device).argsort(1)
-            returns.append(self.imagine(self.model, layers, obs, part, noise, permutations, args.gamma, **functions))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+                found = self.imagine(self.model, layers, obs, part, noise, permutations, args.gamma, **functions)
+            returns.append(found)
         return torch.cat(returns)
 
     def to_units(self, actions: Tensor) -> Tensor:

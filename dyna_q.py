@@ -131,7 +131,7 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-PRESETS: dict[str, dict[str, Any]] = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100}}
+PRESETS: dict[str, dict[str, Any]] = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99}}
 
 
 def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:

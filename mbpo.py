@@ -13,8 +13,8 @@
 """MBPO: learn from short rollouts of a learned model as if they were real.
 
 An ensemble of neural networks learns from every real step what comes next. From states that were really visited it
-imagines what the present policy would do there, a few steps far, so that its errors do not add up. A soft actor-critic
-learns from these imagined transitions, of which there are many times more than real ones.
+imagines what the present policy would do there, only a few steps ahead, so that its errors do not add up. A soft
+actor-critic learns from these imagined transitions, which are far more numerous than the real ones.
 
 The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy Optimization", algorithm 2):
 
@@ -28,9 +28,10 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
         for G gradient updates (`updates_per_step`):
             Update the policy on D_model (and a few transitions of D_env)
 
-The policy is a soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", algorithm 1).
-What the paper leaves open is as in the authors' code, jannerm/mbpo; but rewards and terminations are learned, so that
-an environment is all that has to be given, and what the ensemble predicts is standardised.
+The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
+algorithm 1). What the paper leaves open is as in the authors' code, jannerm/mbpo, but for three things: the reward has a
+network of its own, without noise; the termination is learned and not given, so that an environment is all that is
+needed; what the ensemble predicts is standardised.
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
@@ -124,34 +125,35 @@ class Args:
     batch_size: int = 256
     """Transitions of an update."""
     real_ratio: float = 0.05
-    """Share of real transitions in them; 1 is plain soft actor-critic: no model is trained and nothing imagined."""
+    """Share of real transitions in a batch, rounded down; 1: plain soft actor-critic, and no model is trained."""
     real_ratio_steps: int = 0
-    """Environment steps over which the share falls from 1 to `real_ratio`; 0: it has that value from the beginning."""
+    """Not in the paper: steps after `learning_starts` over which the share falls from 1 to `real_ratio`; 0: at once."""
     policy_lr: float = 3e-4
     """Step size of Adam for actor, critics and temperature."""
     policy_hidden: tuple[int, ...] = (256, 256)
     """Units of each hidden layer of actor and critics."""
     tau: float = 0.005
-    """Share of the critics that goes to the target critics at every update."""
+    """Step of the target critics towards the critics at every update (Polyak averaging)."""
     target_entropy: float | None = None
-    """Entropy that the temperature aims at, of actions in [-1, 1]. None: minus half the number of their dimensions."""
+    """Entropy that the temperature aims at, of actions in [-1, 1]. None: minus half the number of their dimensions
+    (SAC: minus their number; MBPO: mostly half)."""
     critic_layer_norm: bool = False
-    """Normalise the layers of the critics, which many updates a step without a model need (Hiraoka et al. 2022)."""
+    """Layer-normalise the critics, as DroQ does to make many updates a step without a model (Hiraoka et al. 2022)."""
     critic_dropout: float = 0.0
     """Dropout in the critics, along with it (Hiraoka et al. 2022: 0.01)."""
 
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
-    """Rollouts are so long: the third number until the step of the first, from there linearly to the fourth number at
-    the step of the second (MBPO: in epochs of 1,000 steps)."""
+    """(a, b, x, y): rollouts are x steps long until step a, then linearly longer, up to y at step b. Counted from
+    `learning_starts` (MBPO: the same, in epochs of 1,000 steps)."""
     rollouts: int = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: int = 4
-    """The model's transitions are kept for so many trainings (MBPO: one epoch, of four)."""
+    """The imagined transitions of at least so many trainings are kept (MBPO: one epoch, of four)."""
     max_disagreement: float | None = None
-    """A rollout ends where the members disagree more: root of the variance of their means, in standard deviations of a
-    step's change, averaged over dimensions. None: it goes on."""
+    """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
+    deviation of their means, in those of a step's change, averaged over dimensions."""
     weigh_disagreement: bool = False
-    """Weigh the model's transitions by 1 / (1 + disagreement) in the critics' loss."""
+    """Not in the paper: imagined transitions weigh 1 / (1 + disagreement) in the critics' loss."""
     reward_fn: str | None = None
     """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
     termination_fn: str | None = None
@@ -224,11 +226,17 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# The authors' settings; where they truncated the observation, so do the options of the environment.
+# Those of Hopper-v5 and below are the authors'; where they truncated the observation, so do the environment's options.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "eval_every": 5_000, "checkpoint_every": 5_000}
+HUMANOID_OPTIONS = (
+    "include_cinert_in_observation=False",
+    "include_cvel_in_observation=False",
+    "include_qfrc_actuator_in_observation=False",
+    "include_cfrc_ext_in_observation=False",
+)
 PRESETS: dict[str, dict[str, Any]] = {
-    "InvertedPendulum-v5": {"total_timesteps": 3_000, "target_entropy": -0.05, "rollout_schedule": (250, 3_750, 1, 1)},
-    "InvertedDoublePendulum-v5": {"total_timesteps": 5_000, "updates_per_step": 20, "target_entropy": -0.5},
+    "InvertedPendulum-v5": {"target_entropy": -0.05},
+    "InvertedDoublePendulum-v5": {"total_timesteps": 5_000, "updates_per_step": 20},
     "Reacher-v5": {"total_timesteps": 5_000, "eval_episodes": 20},
     "Hopper-v5": MUJOCO
     | {"total_timesteps": 125_000, "target_entropy": -1.0, "rollout_schedule": (20_000, 150_000, 1, 15)},
@@ -239,12 +247,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"env_kwargs": ("include_cfrc_ext_in_observation=False",)},
     "Humanoid-v5": MUJOCO
     | {"total_timesteps": 300_000, "target_entropy": -2.0, "rollout_schedule": (20_000, 300_000, 1, 25)}
-    | {"hidden": (400, 400, 400, 400), "train_every": 1_000, "keep_trainings": 5}
-    | {
-        "env_kwargs": tuple(
-            f"include_{name}_in_observation=False" for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
-        )
-    },
+    | {"hidden": (400, 400, 400, 400), "train_every": 1_000, "keep_trainings": 5, "env_kwargs": HUMANOID_OPTIONS},
 }
 
 
@@ -295,7 +298,7 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
             f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: dyna_q.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    if not (box and action_space.is_bounded()):
+    if not (box and action_space.is_bounded() and (action_space.low < action_space.high).all()):
         raise Failure(f"actions must be a bounded Box of floating-point numbers, not {action_space}; see cem_mpc.py")
 
 
@@ -638,8 +641,9 @@ class Pool:
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = self.position = 0
+        # goes_on: 0 where the step terminated, else 1; weight: in the critics' loss.
         widths = {"obs": obs_size, "action": action_size, "reward": 1, "next_obs": obs_size, "goes_on": 1, "weight": 1}
-        self.columns = {name: torch.zeros(0, width, device=device) for name, width in (widths | {"born": 1}).items()}
+        self.columns = {name: torch.zeros(0, width, device=device) for name, width in widths.items()}
 
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` transitions, and keeps the latest of those that are there."""
@@ -711,8 +715,11 @@ def imagined_step(
             )
             logit[rows] = model.termination_logit(after, termination)[0]
     if reward_fn is not None:
-        reward = reward_fn(obs, action, next_obs)[:, None]
-    terminated = logit > 0 if termination_fn is None else termination_fn(obs, action, next_obs)[:, None]
+        reward = reward_fn(obs, action, next_obs).reshape(-1, 1).float()
+    # The weight that terminations have in training is taken back: more probable than not.
+    terminated = logit > model.terminal_weight.log()
+    if termination_fn is not None:
+        terminated = termination_fn(obs, action, next_obs).reshape(-1, 1).bool()
     return next_obs, reward, terminated
 
 
@@ -742,22 +749,23 @@ def imagine(
     obs (B, obs_size) that have not terminated before, nor reached where the ensemble disagrees too much."""
     for _ in range(length):
         noise = torch.randn(len(obs), actor.action_size, generator=generator, device=obs.device)
-        action = torch.cat([actor.sample(*both)[0] for both in zip(obs.split(chunk), noise.split(chunk), strict=True)])
+        parts = zip(obs.split(chunk), noise.split(chunk), strict=True)
+        action = torch.cat([actor.sample(part, part_noise)[0] for part, part_noise in parts])
         weight = torch.ones(len(obs), 1, device=obs.device)
         if args.max_disagreement is not None or args.weigh_disagreement:
             spread = disagreement(model, obs, action, chunk)
             if args.max_disagreement is not None:
-                known = (spread < args.max_disagreement)[:, 0]
-                obs, action, spread, weight = obs[known], action[known], spread[known], weight[known]
+                trusted = (spread < args.max_disagreement)[:, 0]
+                obs, action, spread, weight = obs[trusted], action[trusted], spread[trusted], weight[trusted]
             if args.weigh_disagreement:
                 weight = 1 / (1 + spread)
+        if len(obs) == 0:
+            return
         next_obs, reward, terminated = imagined_step(model, obs, action, generator, reward_fn, termination_fn, chunk)
         goes_on = 1 - terminated.float()
         rows = {"obs": obs, "action": action, "reward": reward, "next_obs": next_obs}
         yield rows | {"goes_on": goes_on, "weight": weight}
         obs = next_obs[~terminated[:, 0]]
-        if len(obs) == 0:
-            return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -797,17 +805,18 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a). With dropout and layer normalisation it is that of DroQ (Hiraoka et al. 2022)."""
+    """Q(s, a). With dropout and layer normalisation it is the critic of DroQ (Hiraoka et al. 2022); the actor's update
+    stays that of the soft actor-critic."""
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        sizes, self.layer_norm, self.dropout = (
-            (obs_size + action_size, *args.policy_hidden),
-            args.critic_layer_norm,
-            args.critic_dropout,
-        )
+        sizes, device = (obs_size + action_size, *args.policy_hidden), generator.device
         self.layers = nn.ModuleList(linear(*pair, generator) for pair in itertools.pairwise(sizes))
-        self.norms = nn.ModuleList(nn.LayerNorm(size, device=generator.device) for size in args.policy_hidden)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(size, device=device) if args.critic_layer_norm else nn.Identity()
+            for size in args.policy_hidden
+        )
+        self.dropout = args.critic_dropout
         self.last = linear(sizes[-1], 1, generator)
 
     def forward(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -818,14 +827,14 @@ class Critic(nn.Module):
             if self.dropout:
                 kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
                 x = x * kept / (1 - self.dropout)
-            x = F.relu(norm(x) if self.layer_norm else x)
+            x = F.relu(norm(x))
         return self.last(x)
 
 
 def critic_loss(
     actor: Actor,
-    critics: list[Critic],
-    targets: list[Critic],
+    critics: nn.ModuleList,
+    targets: nn.ModuleList,
     batch: dict[str, Tensor],
     noise: Tensor,
     alpha: Tensor,
@@ -842,9 +851,9 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: Actor, critics: list[Critic], obs: Tensor, noise: Tensor, alpha: Tensor, generator: torch.Generator | None
+    actor: Actor, critics: nn.ModuleList, obs: Tensor, noise: Tensor, alpha: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss (Haarnoja et al. 2018, equation 7), and the entropy that was estimated."""
+    """The loss (Haarnoja et al. 2018, equation 7), and an estimate of the policy's entropy."""
     action, log_prob = actor.sample(obs, noise)
     value = torch.min(*(critic(obs, action, generator) for critic in critics))
     return (alpha * log_prob - value).mean(), -log_prob.mean().detach()
@@ -856,7 +865,7 @@ class Agent:
 
     Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
     step `act`, `env.step`, `observe`, `update`. Inside, actions are in [-1, 1], as in the authors' code: the entropy of
-    actions in the environment's units differs by a constant, which would go to the target entropy.
+    actions in the environment's units differs by a constant, by which the target would have to be shifted.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
@@ -881,19 +890,19 @@ class Agent:
         self.model = Ensemble(*sizes)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
         self.pool = Pool(obs_size, action_size, self.device)
-        self.reward_fn, self.termination_fn = map(self.in_units, (args.reward_fn, args.termination_fn))
+        self.reward_fn, self.termination_fn = map(self.load_for_unit_actions, (args.reward_fn, args.termination_fn))
         self.loss_fn, self.critic_loss, self.actor_loss = ensemble_loss, critic_loss, actor_loss
         if args.compile:
             functions = (ensemble_loss, critic_loss, actor_loss)
             self.loss_fn, self.critic_loss, self.actor_loss = map(torch.compile, functions)
         self.trained_on, self.episode, self.num_holdout, self.logs, self.losses = 0, 0, 0, {}, {}
 
-    def in_units(self, name: str | None) -> Callable | None:
+    def load_for_unit_actions(self, name: str | None) -> Callable | None:
         """The function of that name, for actions in [-1, 1]."""
         function = load_function(name)
-        return function and (lambda obs, action, next_obs: function(obs, self.to_units(action), next_obs))
+        return function and (lambda obs, action, next_obs: function(obs, self.to_env_units(action), next_obs))
 
-    def to_units(self, action: Tensor) -> Tensor:
+    def to_env_units(self, action: Tensor) -> Tensor:
         return self.middle + self.half_range * action
 
     def act(self, obs: Any) -> Any:
@@ -912,13 +921,16 @@ class Agent:
     def to_env(self, action: Tensor) -> np.ndarray:
         """One action (A,) in [-1, 1] as the environment wants it."""
         space = self.action_space
-        return self.to_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+        return (
+            self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+        )
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
         """Stores one real step; whether it goes to the model's hold-out set is drawn here, once and for all."""
-        action = (torch.as_tensor(np.reshape(action, -1), device=self.device).float() - self.middle) / self.half_range
+        action = torch.as_tensor(np.asarray(action, np.float32).reshape(-1), device=self.device)
+        action = (action - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         draw = torch.rand((), generator=self.generator, device=self.device).item()
@@ -936,10 +948,8 @@ class Agent:
         if self.has_model and (not self.trained_on or size - self.trained_on >= args.train_every):
             self.train_model()
         batches = self.batches(args.updates_per_step)
-        for batch in (
-            {name: column[index] for name, column in batches.items()} for index in range(args.updates_per_step)
-        ):
-            self.update_policy(batch)
+        for index in range(args.updates_per_step):
+            self.update_policy({name: column[index] for name, column in batches.items()})
 
     def train_model(self) -> None:
         """Trains the ensemble, after a look at how it predicted what it had not seen, and fills the pool."""
@@ -948,22 +958,20 @@ class Agent:
             self.logs |= diagnose(self.model, self.data, self.trained_on)
         self.logs |= fit(self.model, self.model_optimizer, self.loss_fn, self.data, args, generator)
         self.trained_on = size
-        length = rollout_length(size, args.rollout_schedule)
+        length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
         obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
-        made = 0
-        functions = self.reward_fn, self.termination_fn
-        for rows in imagine(self.model, self.actor, obs, length, args, generator, *functions):
-            self.pool.add(rows | {"born": torch.full_like(rows["reward"], size)})
-            made += len(rows["obs"])
+        made, ended, given = 0, 0.0, {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn}
+        for rows in imagine(self.model, self.actor, obs, length, args, generator, **given):
+            self.pool.add(rows)
+            made, ended = made + len(rows["obs"]), ended + (1 - rows["goes_on"]).sum().item()
         self.logs |= {
             "planner/rollout_length": made / args.rollouts,
-            "planner/imagined_terminations": 1 - rows["goes_on"].mean().item() if made else 0.0,
+            "planner/imagined_terminations": ended / max(made, 1),
             "planner/pool_size": self.pool.size,
-            "planner/pool_age": size - self.pool.columns["born"][: self.pool.size].mean().item(),
         }
 
-    def real_ratio(self) -> float:
+    def real_share(self) -> float:
         """The share of real transitions, at this step."""
         args, after = self.args, self.data.size - self.args.learning_starts
         if after >= args.real_ratio_steps:
@@ -973,7 +981,7 @@ class Agent:
     def batches(self, count: int) -> dict[str, Tensor]:
         """Transitions for so many updates, (count, batch_size, width), drawn at once."""
         args, data, pool = self.args, self.data, self.pool
-        num_real = int(args.batch_size * self.real_ratio()) if pool.size else args.batch_size
+        num_real = int(args.batch_size * self.real_share()) if pool.size else args.batch_size
         rows = torch.randint(data.size, (count, num_real), generator=self.generator, device=self.device)
         real = {name: data.column(name)[rows] for name in ("obs", "action", "reward", "delta", "terminated")}
         real["next_obs"], real["goes_on"] = real["obs"] + real.pop("delta"), 1 - real.pop("terminated").float()
@@ -1029,7 +1037,7 @@ class Agent:
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
-        self.metrics()
+        self.metrics()  # so that a resumed run logs the same
         modules = {"model": self.model, "actor": self.actor, "critics": self.critics, "targets": self.targets}
         return {name: module.state_dict() for name, module in modules.items()} | {
             "log_alpha": self.log_alpha.detach().clone(),

@@ -298,16 +298,36 @@ def test_pool_holds_the_latest(operations):
 
 # --- agent ----------------------------------------------------------------------------------------------------------
 def test_capacity_of_the_pool_is_length_times_rollouts_times_trainings():
-    agent = small_agent(60, rollouts=20, keep_trainings=3, rollout_schedule=(50, 100, 1, 5), termination_fn=None)
+    agent = small_agent(60, rollouts=20, keep_trainings=3, rollout_schedule=(31, 70, 1, 5), learning_starts=30)
     agent.train_model()
     assert len(agent.pool.columns["obs"]) == 1 * 20 * 3
-    first = agent.pool.columns["born"][: agent.pool.size].clone()
+    first = agent.pool.columns["obs"][: agent.pool.size].clone()
     for _ in range(40):
         agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
     agent.train_model()
     assert len(agent.pool.columns["obs"]) == 5 * 20 * 3
-    assert torch.equal(agent.pool.columns["born"][: len(first)], first)  # what was there stays when it grows
+    assert torch.equal(agent.pool.columns["obs"][: len(first)], first)  # what was there stays when it grows
     assert agent.pool.size > len(first)
+
+
+def test_rollouts_that_all_end_at_once_are_no_failure():
+    agent = small_agent(60, max_disagreement=1e-9)
+    agent.update()
+    assert agent.pool.size == 0
+    assert all(math.isfinite(value) for value in agent.metrics().values())
+
+
+def test_a_termination_is_one_that_is_more_probable_than_not():
+    agent = small_agent(60)
+    model = agent.model
+    with torch.no_grad():
+        for layer in model.termination:
+            layer.zero_()
+        model.terminal_weight.fill_(50.0)
+        for logit, ends in ((math.log(49.0), False), (math.log(51.0), True)):  # trained with that weight, as odds of it
+            model.termination[-1].fill_(logit)
+            step = imagined_step(model, torch.zeros(4, OBS), torch.zeros(4, ACTION), generator(), None, None, 9)
+            assert step[2].all() == ends
 
 
 def test_nothing_is_learned_before_the_model_and_its_rollouts():
@@ -345,7 +365,7 @@ def test_share_of_real_transitions_falls_from_one():
     agent = small_agent(10, real_ratio=0.2, real_ratio_steps=100, learning_starts=10)
     shares = []
     for _ in range(120):
-        shares.append(agent.real_ratio())
+        shares.append(agent.real_share())
         agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
     assert shares[0] == 1.0
     assert shares[50] == pytest.approx(0.6)
