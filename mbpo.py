@@ -29,8 +29,8 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
             Update the policy on D_model (and a few transitions of D_env)
 
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
-algorithm 1). What the paper leaves open is as in the authors' code, jannerm/mbpo, but for three things: the reward has a
-network of its own, without noise; the termination is learned and not given, so that an environment is all that is
+algorithm 1). What the paper leaves open is as in the authors' code, jannerm/mbpo, but for three things: the reward has
+a network of its own, without noise; the termination is learned and not given, so that an environment is all that is
 needed; what the ensemble predicts is standardised.
 
 Run:     python mbpo.py
@@ -91,7 +91,7 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 3_000
+    total_timesteps: int = 2_000
     """Environment steps (calls of `env.step`) to learn for."""
     seed: int = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
@@ -235,7 +235,7 @@ HUMANOID_OPTIONS = (
     "include_cfrc_ext_in_observation=False",
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    "InvertedPendulum-v5": {"target_entropy": -0.05},
+    "InvertedPendulum-v5": {"total_timesteps": 3_000, "target_entropy": -0.05},
     "InvertedDoublePendulum-v5": {"total_timesteps": 5_000, "updates_per_step": 20},
     "Reacher-v5": {"total_timesteps": 5_000, "eval_episodes": 20},
     "Hopper-v5": MUJOCO
