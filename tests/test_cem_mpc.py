@@ -646,13 +646,12 @@ def test_compiled_it_does_the_same(tmp_path):
 
 # --- learning -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_bare_command_swings_the_pendulum_up(tmp_path: Path):
-    assert cem_mpc.train(Args(run_dir=str(tmp_path)))["eval_return_mean"] >= -200
-
-
-@pytest.mark.slow
-def test_it_balances_the_cart_pole(tmp_path: Path):
-    assert (
-        cem_mpc.train(Args(env_id="CartPole-v1", run_dir=str(tmp_path), total_timesteps=3_000))["eval_return_mean"]
-        >= 475
-    )
+@pytest.mark.parametrize(
+    ("env_id", "wanted"),
+    [("Pendulum-v1", -200), ("CartPole-v1", 475), ("InvertedPendulum-v5", 1_000), ("Reacher-v5", -9.4)],
+)
+def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_path: Path):
+    if env_id.endswith("-v5"):
+        pytest.importorskip("mujoco")
+    settings = cem_mpc.PRESETS.get(env_id, {}) | {"eval_every": 10_000}
+    assert cem_mpc.train(Args(env_id=env_id, run_dir=str(tmp_path), **settings))["eval_return_mean"] >= wanted

@@ -421,5 +421,9 @@ def test_variants_run_through(fields, tmp_path):
 
 # --- learning -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_bare_command_swings_the_pendulum_up(tmp_path: Path):
-    assert mbpo.train(Args(run_dir=str(tmp_path)))["eval_return_mean"] >= -200
+@pytest.mark.parametrize(("env_id", "wanted"), [("Pendulum-v1", -200), ("InvertedPendulum-v5", 950)])
+def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_path: Path):
+    if env_id.endswith("-v5"):
+        pytest.importorskip("mujoco")
+    args = Args(env_id=env_id, run_dir=str(tmp_path), **mbpo.PRESETS.get(env_id, {}))
+    assert mbpo.train(args)["eval_return_mean"] >= wanted

@@ -557,3 +557,20 @@ def test_policy_and_agent_can_be_driven_from_a_loop_of_ones_own(script):
         assert [policy(state) for state in range(4)] == [1, 1, 1, 1]
     else:
         assert policy(obs) in env.action_space
+
+
+def test_settings_by_environment_are_defaults_that_the_command_line_overrides(script, monkeypatch, capsys):
+    preset = {"total_timesteps": 7, "eval_episodes": 9}
+    monkeypatch.setitem(script.PRESETS, "Some-v0", preset)
+    for words, steps in ((["--env-id", "Some-v0"], 7), (["--env_id=Some-v0", "--total-timesteps", "8"], 8)):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words])
+        args = script.parse_args()
+        assert (args.env_id, args.total_timesteps, args.eval_episodes) == ("Some-v0", steps, 9)
+        assert f"settings for Some-v0: total_timesteps={steps}, eval_episodes=9" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [script.__name__])
+    assert script.parse_args() == script.Args()
+
+
+def test_every_setting_by_environment_is_a_valid_one(script):
+    for env_id, preset in script.PRESETS.items():
+        script.Args(env_id=env_id, **preset)
