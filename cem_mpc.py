@@ -219,8 +219,8 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 1_500, "horizon": 40},
-    "InvertedPendulum-v5": {"total_timesteps": 2_000, "planner": "icem", "noise_beta": 0.5, "horizon": 15}
-    | {"terminal_value": True},
+    "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10}
+    | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 2_000, "eval_episodes": 20, "train_every": 250},
 }
 
