@@ -143,7 +143,7 @@ class Args:
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: int = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
-    max_epochs: int = 15
+    max_epochs: int = 50
     """Epochs after which a training ends in any case (PETS: 5 a trial)."""
     holdout_ratio: float = 0.1
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
