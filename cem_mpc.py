@@ -221,7 +221,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 1_500, "horizon": 40},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
-    "Reacher-v5": {"total_timesteps": 2_000, "eval_episodes": 20, "train_every": 250},
+    "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
 
 
