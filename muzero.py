@@ -1,0 +1,1168 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.4",
+#   "numpy>=2.0",
+#   "gymnasium>=1.2",
+#   "tyro>=0.9",
+#   "tensorboard>=2.18",
+#   "pillow>=10.1",
+#   "tqdm>=4.66",
+# ]
+# ///
+"""MuZero: search a tree of what could be done, in a model that was learned for nothing else.
+
+A network turns the observation into a latent state; a second one goes from latent state and action to the next latent
+state and the reward; a third gives each latent state a policy and a value. With them a tree search looks ahead, and
+what it finds is better than the policy and value it started from: they are trained to become what the search found.
+
+The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi by planning with a learned model"):
+
+    Self-play, at every step:
+        Run N simulations from the latent state of the observation:
+            Walk down by pUCT to a leaf; expand it with the model; take its value back to the root   (appendix B)
+        Act by the visits of the root's actions; store observation, action, reward, visits and root value
+    Training, on positions of the replay buffer, by priority:
+        Unroll the model for K steps along the actions that were taken
+        Train rewards, n-step values and policies towards rewards, returns and visits                (equation 1)
+
+`--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
+the root's actions are sampled without replacement and halved by their value, which improves the policy with any number
+of simulations. Both searches take the same steps as DeepMind's mctx.
+
+Run:     python muzero.py
+         python muzero.py --help
+"""
+
+import argparse
+import ast
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+class Failure(Exception):
+    """Something the user can fix. `main` prints it as one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Args
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:
+    """MuZero (Schrittwieser et al. 2020) and Gumbel MuZero (Danihelka et al. 2022)."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id, `module:Name-v0` for another package's."""
+    env_kwargs: tuple[str, ...] = ()
+    """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
+    total_timesteps: int = 10_000
+    """Environment steps (calls of `env.step`) to learn for."""
+    seed: int = 1
+    """Seed of every random draw: the agent's, the episodes', the evaluation's."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the networks are; `auto` takes a GPU where there is one."""
+    threads: int = 1
+    """CPU threads; two runs side by side get more done than one with two threads."""
+    compile: bool = False
+    """Compile the loss with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    eval_every: int = 1_000
+    """Environment steps between two evaluations (greedy policy, environment of its own)."""
+    eval_episodes: int = 5
+    """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
+    checkpoint_every: int = 2_000
+    """Environment steps between two checkpoints."""
+    run_dir: str = "runs"
+    """Folder in which the run's own folder is made."""
+    resume: str | None = None
+    """Run folder to continue exactly where its last checkpoint was written."""
+    evaluate: str | None = None
+    """Run folder whose agent to evaluate, without learning; nothing but videos is added to the folder."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation as a GIF in the run folder."""
+
+    num_envs: int = 8
+    """Environments that are played side by side, so that each call of the network serves as many searches."""
+    gamma: float = 0.997
+    """Discount factor; negative where two players take turns and each step's reward is the mover's (chess: -1)."""
+    search: Literal["puct", "gumbel"] = "gumbel"
+    """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations."""
+    num_simulations: int = 16
+    """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
+    max_considered: int = 16
+    """gumbel: how many actions of the root are tried (Gumbel MuZero: 16)."""
+    dirichlet_alpha: float = 0.25
+    """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess)."""
+    dirichlet_fraction: float = 0.25
+    """puct: share of that noise (MuZero: 0.25)."""
+    temperature: float = 1.0
+    """puct: actions of self-play are drawn from visits ^ (1 / temperature)."""
+
+    learning_starts: int = 500
+    """Steps before the first update."""
+    updates_per_step: float = 0.25
+    """Gradient steps for each environment step."""
+    batch_size: int = 256
+    """Positions of an update."""
+    unroll_steps: int = 5
+    """Steps K that the model is unrolled (MuZero: 5)."""
+    td_steps: int = 20
+    """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10)."""
+    buffer_size: int = 100_000
+    """Positions in the replay buffer."""
+    priority_exponent: float = 0.5
+    """Exponent of the priorities |search value - value target|; 0: positions are drawn uniformly (MuZero: 1)."""
+    learning_rate: float = 3e-3
+    """Step size of Adam at the beginning."""
+    decay_steps: int = 20_000
+    """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G)."""
+    weight_decay: float = 1e-4
+    """Factor of half the squared weights (MuZero: 1e-4)."""
+    max_grad_norm: float = 5.0
+    """Longest gradient; a longer one is shortened to it."""
+    value_weight: float = 0.25
+    """Weight of the value loss (MuZero Reanalyze: 0.25)."""
+    hidden_size: int = 128
+    """Units of the hidden layer of each network."""
+    latent_size: int = 64
+    """Numbers in a latent state."""
+    support: int = 25
+    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25."""
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            total_timesteps=(0, math.inf),
+            seed=(0, 2**32 - 1),
+            threads=(1, 1024),
+            eval_every=(1, math.inf),
+            eval_episodes=(1, math.inf),
+            checkpoint_every=(1, math.inf),
+            num_envs=(1, 10**5),
+            gamma=(-1, 1),
+            num_simulations=(1, 10**5),
+            max_considered=(1, 10**5),
+            dirichlet_alpha=(1e-6, 10**6),
+            dirichlet_fraction=(0, 1),
+            temperature=(1e-3, 10**3),
+            learning_starts=(1, math.inf),
+            updates_per_step=(0, 1000),
+            batch_size=(1, 10**6),
+            unroll_steps=(0, 1000),
+            td_steps=(1, 10**6),
+            buffer_size=(1, 10**9),
+            priority_exponent=(0, 10),
+            learning_rate=(1e-9, 1),
+            decay_steps=(1, math.inf),
+            weight_decay=(0, 1),
+            max_grad_norm=(1e-9, math.inf),
+            value_weight=(0, 1000),
+            hidden_size=(1, 10**5),
+            latent_size=(2, 10**5),
+            support=(1, 10**4),
+        )
+
+
+# Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
+PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
+    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(args, name)) <= high:
+            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+# ---------------------------------------------------------------------------------------------------------------------
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """`gym.make` with the options of `args.env_kwargs`; raises Failure where the environment cannot be made."""
+
+    def literal(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    if wrong := [option for option in args.env_kwargs if "=" not in option]:
+        raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
+    try:
+        kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
+        env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+            env.reset(seed=0)
+            env.render()
+        return env
+    except Exception as error:
+        unknown = isinstance(error, gym.error.UnregisteredEnv)
+        hint = "; an environment of another package is named module:Name-v0" if unknown else ""
+        raise Failure(f"cannot make the environment {args.env_id}: {error}{hint}") from error
+
+
+def check_observation(obs: Any, space: gym.Space) -> None:
+    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
+        raise ValueError(f"observation {obs!r} is not in {space}")
+    if np.shape(obs) != space.shape or not np.isfinite(obs).all():
+        raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape}")
+
+
+def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Raises Failure for spaces that this script does not handle."""
+    box = isinstance(observation_space, gym.spaces.Box) and math.prod(observation_space.shape) <= 1_000
+    if not box and not isinstance(observation_space, gym.spaces.Discrete):
+        raise Failure(
+            f"observations must be Discrete or a Box of up to 1,000 numbers, not {observation_space}; see dreamer.py"
+        )
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py and mbpo.py")
+
+
+def memory_of(env: gym.Env) -> dict:
+    """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
+    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+
+
+def seed_of(*key: int) -> int:
+    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+
+    The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+class Episode:
+    """Runs an environment episode after episode, and can come back to the middle of one.
+
+    Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
+    holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
+    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    """
+
+    def __init__(self, env: gym.Env, *key: int):
+        self.env, self.key, self.index = env, key, -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts the next episode: `obs` and `info` are its first."""
+        self.index += 1
+        self.memory = memory_of(self.env)
+        self.actions: list[Any] = []
+        self.episodic_return = 0.0
+        try:
+            self.obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
+            check_observation(self.obs, self.env.observation_space)
+        except Exception as error:
+            raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
+        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
+        try:
+            self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+            check_observation(self.obs, self.env.observation_space)
+            if not math.isfinite(reward):
+                raise ValueError(f"reward is {reward}")
+        except Exception as error:
+            where = f"step {len(self.actions) + 1} of episode {self.index}"
+            raise Failure(f"{where}: {type(error).__name__}: {error}") from error
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, float(reward), bool(terminated), bool(truncated)
+
+    def state_dict(self) -> dict:
+        actions = [action if isinstance(action, int) else np.asarray(action).tolist() for action in self.actions]
+        return {"index": self.index, "memory": self.memory, "actions": actions}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["memory"]:
+            self.env.unwrapped.load_state_dict(state["memory"])
+        self.index = state["index"] - 1
+        self.reset()
+        for action in state["actions"]:
+            self.step(action if isinstance(action, int) else np.array(action, self.env.action_space.dtype))
+
+
+Array = np.ndarray
+# What a search asks of the model: (latent (B, L), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
+Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+def scale(x: Tensor | Array) -> Tensor | Array:
+    """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, which keeps targets small (MuZero, appendix F)."""
+    library = torch if isinstance(x, Tensor) else np
+    return library.sign(x) * (library.sqrt(abs(x) + 1) - 1) + 0.001 * x
+
+
+def unscale(y: Tensor | Array) -> Tensor | Array:
+    """The inverse of h."""
+    library = torch if isinstance(y, Tensor) else np
+    return library.sign(y) * (((library.sqrt(1 + 0.004 * (abs(y) + 1 + 0.001)) - 1) / 0.002) ** 2 - 1)
+
+
+def two_hot(x: Tensor, support: int) -> Tensor:
+    """(...) -> (..., 2 * support + 1): weight on the two whole numbers next to h(x), of which it is the mean."""
+    x = scale(x).clamp(-support, support) + support
+    low = x.floor().clamp(max=2 * support - 1)
+    share = (x - low)[..., None]
+    low = F.one_hot(low.long(), 2 * support + 1)
+    return (1 - share) * low + share * low.roll(1, dims=-1)
+
+
+def mlp(fan_in: int, hidden: int, fan_out: int, generator: torch.Generator) -> nn.Sequential:
+    """One hidden layer, with PyTorch's initial weights, drawn from our own generator."""
+    layers = [
+        nn.utils.skip_init(nn.Linear, *sizes, device=generator.device)
+        for sizes in ((fan_in, hidden), (hidden, fan_out))
+    ]
+    for layer in layers:
+        for parameter in layer.parameters():
+            bound = 1 / math.sqrt(layer.in_features)
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    return nn.Sequential(layers[0], nn.ELU(), layers[1])
+
+
+class Network(nn.Module):
+    """The three functions of MuZero on vectors: representation, dynamics, prediction. The reward is predicted from the
+    latent state that a step leads to, as policy and value are."""
+
+    def __init__(self, obs_size: int, num_actions: int, args: Args, generator: torch.Generator):
+        super().__init__()
+        hidden, latent, self.num_actions, self.support = args.hidden_size, args.latent_size, num_actions, args.support
+        self.representation = mlp(obs_size, hidden, latent, generator)
+        self.dynamics = mlp(latent + num_actions, hidden, latent, generator)
+        self.reward = mlp(latent, hidden, 2 * self.support + 1, generator)
+        self.value = mlp(latent, hidden, 2 * self.support + 1, generator)
+        self.policy = mlp(latent, hidden, num_actions, generator)
+        self.register_buffer("bins", torch.arange(-self.support, self.support + 1.0, device=generator.device))
+
+    def represent(self, obs: Tensor) -> Tensor:
+        """obs (B, obs_size) -> latent (B, L) in [0, 1]."""
+        return self.bounded(self.representation(obs))
+
+    def step(self, latent: Tensor, action: Tensor) -> Tensor:
+        """latent (B, L), action (B,) -> the next latent (B, L)."""
+        return self.bounded(self.dynamics(torch.cat([latent, F.one_hot(action, self.num_actions)], dim=-1)))
+
+    @staticmethod
+    def bounded(latent: Tensor) -> Tensor:
+        """Each latent state to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
+        low, high = latent.min(-1, keepdim=True).values, latent.max(-1, keepdim=True).values
+        return (latent - low) / (high - low).clamp_min(1e-5)
+
+    def expectation(self, logits: Tensor) -> Tensor:
+        """(..., 2 * support + 1) -> (...)."""
+        return unscale(logits.softmax(-1) @ self.bins)
+
+
+def unrolled_loss(
+    network: Network, batch: dict[str, Tensor], value_weight: float
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """MuZero, equation 1, without the weight decay. `batch`: obs (B, obs_size); action and reward (B, K); value and
+    policy (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode
+    on; weight (B,). Returns the loss, the first value predictions (B,), and what to log.
+
+    Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
+    """
+    steps = batch["action"].shape[1]
+    latents = [network.represent(batch["obs"])]
+    for step in range(steps):
+        latent = latents[-1]
+        latents.append(network.step(0.5 * latent + 0.5 * latent.detach(), batch["action"][:, step]))
+    latent = torch.stack(latents, dim=1)  # (B, K + 1, L)
+    share = torch.full((1, steps + 1), 1 / max(steps, 1), device=latent.device)
+    share[:, 0] = 1.0
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return -(target * logits.log_softmax(-1)).sum(-1)
+
+    value_logits = network.value(latent)
+    value = cross_entropy(value_logits, two_hot(batch["value"], network.support)) * batch["known"]
+    policy = cross_entropy(network.policy(latent), batch["policy"]) * batch["acting"]
+    reward = (
+        cross_entropy(network.reward(latent[:, 1:]), two_hot(batch["reward"], network.support)) * batch["known"][:, :-1]
+    )
+    total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
+    logs = {"value_loss": value.mean(), "policy_loss": policy.mean(), "reward_loss": reward.mean()}
+    return (batch["weight"] * total).mean(), network.expectation(value_logits[:, 0]).detach(), logs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffer
+# ---------------------------------------------------------------------------------------------------------------------
+def n_step_targets(rewards: Array, values: Array, n: int, gamma: float) -> Array:
+    """Of T steps with rewards (T,) and values (T + 1,): z_t = sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n};
+    where fewer than n steps are left, v is the last one: 0 after a termination, a prediction after a truncation."""
+    targets = np.array(values, np.float64)
+    for t in range(len(rewards)):
+        end = min(t + n, len(rewards))
+        discounts = gamma ** np.arange(end - t)
+        targets[t] = discounts @ rewards[t:end] + gamma ** (end - t) * values[end]
+    return targets
+
+
+class Replay:
+    """Positions of the latest episodes in a ring. An episode, or a part of one, is T rows for its steps and one for the
+    state after them; as old rows are overwritten from its beginning, what follows a row is always there."""
+
+    def __init__(self, obs_size: int, num_actions: int, capacity: int):
+        self.added = 0
+        self.columns = {
+            "obs": np.zeros((capacity, obs_size), np.float32),
+            "action": np.zeros(capacity, np.int64),
+            "reward": np.zeros(capacity, np.float32),
+            "policy": np.zeros((capacity, num_actions), np.float32),
+            "value": np.zeros(capacity, np.float32),
+            "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode
+            "terminated": np.zeros(capacity, bool),  # that is how the episode ended
+            "priority": np.zeros(capacity),  # 0 for last rows, which are no positions to start from
+        }
+
+    def add(self, columns: dict[str, Array]) -> None:
+        """Appends rows, not more than the capacity."""
+        count, capacity = len(columns["obs"]), len(self.columns["obs"])
+        rows = (self.added + np.arange(count)) % capacity
+        for name, values in columns.items():
+            self.columns[name][rows] = values
+        self.added += count
+
+    def sample(self, count: int, steps: int, generator: np.random.Generator) -> tuple[Array, dict[str, Array]]:
+        """Rows drawn by priority, and what `unrolled_loss` wants of them."""
+        columns, capacity = self.columns, len(self.columns["obs"])
+        cumulated = columns["priority"].cumsum()
+        rows = cumulated.searchsorted(generator.random(count) * cumulated[-1], side="right")
+        probability = columns["priority"][rows] / cumulated[-1]
+        weight = 1 / (np.count_nonzero(columns["priority"]) * probability)
+
+        left = columns["left"][rows][:, None]
+        offset = np.arange(steps + 1)[None]
+        index = (rows[:, None] + np.minimum(offset, left)) % capacity  # (B, K + 1)
+        acting = offset < left
+        known = acting | columns["terminated"][rows][:, None]
+        action = np.where(
+            acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
+        )
+        batch = {
+            "obs": columns["obs"][rows],
+            "action": action[:, :-1],
+            "reward": np.where(acting, columns["reward"][index], 0)[:, :-1],
+            "value": columns["value"][index],
+            "policy": columns["policy"][index],
+            "known": known.astype(np.float32),
+            "acting": acting.astype(np.float32),
+            "weight": (weight / weight.max()).astype(np.float32),
+        }
+        return rows, batch
+
+    def state_dict(self) -> dict:
+        used = min(self.added, len(self.columns["obs"]))
+        return {"added": self.added} | {name: torch.from_numpy(column[:used]) for name, column in self.columns.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for name, column in self.columns.items():
+            column[: len(state[name])] = state[name].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planner
+# ---------------------------------------------------------------------------------------------------------------------
+# B searches at once: each simulation walks down all trees and calls the network once, with a leaf of each.
+def softmax(logits: Array) -> Array:
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+class Tree:
+    """B search trees of up to N + 1 nodes, in flat arrays: node n of tree b is row b * (N + 1) + n, its root n = 0.
+
+    What belongs to an action of a node, an edge, is in arrays (B * (N + 1), A), of which `edge = row * A + action` is
+    the flat index. A node's value is the mean of what came back through it, its own prediction included; the value
+    of an edge, Q, is its reward plus the discounted value of the node behind it.
+    """
+
+    def __init__(self, latent: Array, logits: Array, value: Array, legal: Array, num_simulations: int):
+        (batch, self.num_actions), width = logits.shape, num_simulations + 1
+        self.roots, rows = np.arange(batch) * width, batch * width
+        self.latent = np.empty((rows, *latent.shape[1:]), latent.dtype)
+        self.prediction, self.value = np.empty(rows, np.float32), np.empty(rows, np.float32)
+        self.logits = np.empty((rows, self.num_actions), np.float32)
+        self.prior = np.empty((rows, self.num_actions), np.float32)
+        self.visits = np.zeros(rows, np.int64)
+        self.edge_visits = np.zeros((rows, self.num_actions), np.int64)
+        self.reward, self.q = (np.zeros((rows, self.num_actions), np.float32) for _ in range(2))
+        self.child = np.full((rows, self.num_actions), -1)  # the row of the node behind, -1: none
+        self.add(self.roots, latent, np.where(legal, logits, -np.inf), value)
+
+    def add(self, rows: Array, latent: Array, logits: Array, value: Array) -> None:
+        """Writes new nodes, which count their own prediction as a first visit."""
+        self.latent[rows], self.logits[rows], self.prior[rows] = latent, logits, softmax(logits)
+        self.prediction[rows] = self.value[rows] = value
+        self.visits[rows] = 1
+
+
+def search(
+    recurrent: Recurrent,
+    tree: Tree,
+    discount: float,
+    num_simulations: int,
+    select_root: Callable[[], Array],
+    select: Callable[[Array], Array],
+) -> None:
+    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root."""
+    num_actions, roots = tree.num_actions, tree.roots
+    child, q, reward, edge_visits = (array.reshape(-1) for array in (tree.child, tree.q, tree.reward, tree.edge_visits))
+    value, visits = tree.value, tree.visits
+    leaf = np.empty(len(roots), np.int64)  # the edge behind which a tree is expanded
+    for simulation in range(num_simulations):
+        # Down: `walking` are the trees that have not come to their leaf, `node` the rows where they are.
+        walking, node, action, path = None, roots, select_root(), []
+        while True:
+            edge = node * num_actions + action
+            path.append((walking, node, edge))
+            behind = child.take(edge)
+            inside = behind >= 0
+            if inside.all():
+                node = behind
+            else:
+                ends = ~inside
+                if walking is None:
+                    leaf[ends] = edge[ends]
+                    walking = inside.nonzero()[0]
+                else:
+                    leaf[walking[ends]] = edge[ends]
+                    walking = walking[inside]
+                if len(walking) == 0:
+                    break
+                node = behind[inside]
+            action = select(node)
+
+        new = roots + simulation + 1
+        from_row, action = np.divmod(leaf, num_actions)
+        latent, leaf_reward, logits, leaf_value = recurrent(tree.latent.take(from_row, axis=0), action)
+        tree.add(new, latent, logits, leaf_value)
+        child[leaf], reward[leaf] = new, leaf_reward
+
+        # Back: `returned` is what comes after each node of the path.
+        returned = leaf_value.astype(np.float32)
+        for walking, node, edge in reversed(path):
+            if walking is None:
+                returned = back = reward.take(edge) + discount * returned
+            else:
+                back = reward.take(edge) + discount * returned.take(walking)
+                returned[walking] = back
+            count = visits.take(node)
+            value[node] = (value.take(node) * count + back) / (count + 1)
+            visits[node] = count + 1
+            edge_visits[edge] += 1
+            q[edge] = reward.take(edge) + discount * value.take(child.take(edge))
+
+
+@cache
+def exploration(num_simulations: int, base: float = 19_652, init: float = 1.25) -> Array:
+    """(init + log((n + base + 1) / base)) * sqrt(n) for n = 0, 1, ... visits of a node (MuZero, equation 2)."""
+    n = np.arange(num_simulations + 2)
+    return ((init + np.log((n + base + 1) / base)) * np.sqrt(n)).astype(np.float32)
+
+
+def puct(tree: Tree, node: Array, table: Array) -> Array:
+    """Scores (B, A) of the actions of nodes (B,): MuZero, equation 2, with the conventions of mctx: Q is normalised to
+    [0, 1] between the smallest and the largest of the value of the node, not of the whole tree, and the Q of its
+    visited actions; an action that was not visited counts as the smallest."""
+    visits, value = tree.edge_visits.take(node, axis=0), tree.value.take(node)[:, None]
+    seen = np.where(visits > 0, tree.q.take(node, axis=0), value)
+    low, high = np.minimum(seen.min(1, keepdims=True), value), np.maximum(seen.max(1, keepdims=True), value)
+    normalised = np.where(visits > 0, seen - low, 0) / np.maximum(high - low, 1e-8)
+    return normalised + tree.prior.take(node, axis=0) * table.take(tree.visits.take(node))[:, None] / (visits + 1)
+
+
+def muzero_search(
+    recurrent: Recurrent, tree: Tree, legal: Array, discount: float, num_simulations: int
+) -> tuple[Array, Array]:
+    """MuZero, appendix B. `legal` (B, A) holds at the root only: below it the model has learned what cannot be done.
+
+    Returns the policies found (B, A), the shares of the visits, and the most visited actions (B,).
+    """
+    roots, table, illegal = tree.roots, exploration(num_simulations), ~legal
+
+    def select_root() -> Array:
+        score = puct(tree, roots, table)
+        score[illegal] = -np.inf
+        return score.argmax(1)
+
+    search(recurrent, tree, discount, num_simulations, select_root, lambda node: puct(tree, node, table).argmax(1))
+    visits = tree.edge_visits[roots]
+    return visits / visits.sum(1, keepdims=True), visits.argmax(1)
+
+
+def halving_schedule(considered: int, num_simulations: int) -> list[int]:
+    """Sequential halving (Gumbel MuZero, algorithm 2): for each simulation, how many visits the action that it starts
+    with has had. `considered` actions are tried equally often, then the better half of them, and so on."""
+    if considered <= 1:
+        return list(range(num_simulations))
+    phases, visits, schedule, left = math.ceil(math.log2(considered)), [0] * considered, [], considered
+    while len(schedule) < num_simulations:
+        for _ in range(max(1, int(num_simulations / (phases * left)))):
+            schedule += visits[:left]
+            visits[:left] = [count + 1 for count in visits[:left]]
+        left = max(2, left // 2)
+    return schedule[:num_simulations]
+
+
+def completed_q(tree: Tree, node: Array, maxvisit_init: float = 50, scale: float = 0.1) -> Array:
+    """sigma(completed Q) (B, A) of nodes (B,): Gumbel MuZero, equations 8 and 10. An action that was not visited has a
+    value mixed of the node's prediction and of the visited actions' Q, weighted by their prior (appendix D)."""
+    visits, q, prior = (array.take(node, axis=0) for array in (tree.edge_visits, tree.q, tree.prior))
+    seen, total = visits > 0, visits.sum(1, keepdims=True)
+    weight = np.where(seen, np.maximum(prior, np.finfo(np.float32).tiny), 0)
+    mean = (weight * q).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    mixed = (tree.prediction.take(node)[:, None] + total * mean) / (total + 1)
+    completed = np.where(seen, q, mixed)
+    low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
+    rescaled = (completed - low) / np.maximum(high - low, 1e-8)
+    return (maxvisit_init + visits.max(1, keepdims=True)) * scale * rescaled
+
+
+def gumbel_search(
+    recurrent: Recurrent,
+    tree: Tree,
+    legal: Array,
+    discount: float,
+    num_simulations: int,
+    gumbel: Array,
+    considered: int,
+) -> tuple[Array, Array]:
+    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `legal` (B, A) holds at the root only; `gumbel`
+    (B, A): noise, or 0 for none.
+
+    Returns the improved policies (B, A) and the best of the actions that were tried most often (B,).
+    """
+    roots = tree.roots
+    logits = tree.logits[roots]
+    base = gumbel + logits - logits.max(1, keepdims=True)
+    schedules = np.array([halving_schedule(count, num_simulations) for count in range(considered + 1)])
+    schedule = schedules[np.minimum(legal.sum(1), considered)]  # (B, N)
+
+    def best_of(visits: Array) -> Array:
+        score = np.where(tree.edge_visits[roots] == visits[:, None], base + completed_q(tree, roots), -np.inf)
+        return score.argmax(1)
+
+    def select_root() -> Array:
+        simulation = tree.edge_visits[roots].sum(1, keepdims=True)
+        return best_of(np.take_along_axis(schedule, simulation, axis=1)[:, 0])
+
+    def select(node: Array) -> Array:
+        policy = softmax(tree.logits.take(node, axis=0) + completed_q(tree, node))
+        visits = tree.edge_visits.take(node, axis=0)
+        return (policy - visits / (1 + visits.sum(1, keepdims=True))).argmax(1)
+
+    search(recurrent, tree, discount, num_simulations, select_root, select)
+    return softmax(logits + completed_q(tree, roots)), best_of(tree.edge_visits[roots].max(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agent
+# ---------------------------------------------------------------------------------------------------------------------
+class Agent:
+    """Network, replay and search: `act` searches, `observe` stores, `update` trains.
+
+    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
+    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        check_spaces(observation_space, action_space)
+        self.args, self.device = args, find_device(args.device)
+        self.num_states = int(observation_space.n) if isinstance(observation_space, gym.spaces.Discrete) else 0
+        self.first_state = int(observation_space.start) if self.num_states else 0
+        self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
+        obs_size = self.num_states or math.prod(observation_space.shape)
+        generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
+        self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
+        self.network = Network(obs_size, self.num_actions, args, generator)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
+        self.replay = Replay(obs_size, self.num_actions, args.buffer_size)
+        # Of each environment: what the search found for the present state, and the steps of the episode so far.
+        self.found: list[tuple[Array, float]] = []
+        self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
+        self.steps, self.updates, self.logs, self.losses = 0, 0, {}, {}
+
+    def vector(self, obs: Any) -> Array:
+        """An observation as (obs_size,)."""
+        if self.num_states:
+            return np.eye(self.num_states, dtype=np.float32)[int(obs) - self.first_state]
+        return np.asarray(obs, np.float32).reshape(-1)
+
+    @torch.inference_mode()
+    def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
+        """What the search asks of the model."""
+        network = self.network
+        state = network.step(torch.from_numpy(latent).to(self.device), torch.from_numpy(action).to(self.device))
+        both = network.expectation(torch.stack([network.reward(state), network.value(state)]))
+        outcome = (state, both[0], network.policy(state), both[1])
+        return tuple(part.cpu().numpy() for part in outcome)
+
+    @torch.inference_mode()
+    def plan(
+        self, observations: list[Any], legal: Array, rng: np.random.Generator | None
+    ) -> tuple[Array, Array, Array]:
+        """Searches from B observations; `rng`: the noise of self-play, None for none. Returns the policies found
+        (B, A), actions (B,) and root values (B,)."""
+        args, network = self.args, self.network
+        obs = torch.from_numpy(np.stack([self.vector(obs) for obs in observations])).to(self.device)
+        latent = network.represent(obs)
+        root = (latent, network.policy(latent), network.expectation(network.value(latent)))
+        tree = Tree(*(part.cpu().numpy() for part in root), legal, args.num_simulations)
+        settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
+        if args.search == "gumbel":
+            gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
+            policy, action = gumbel_search(*settings, gumbel, args.max_considered)
+        else:
+            if rng is not None:
+                prior = tree.prior[tree.roots]
+                noise = np.where(legal, rng.gamma(args.dirichlet_alpha, size=legal.shape) + 1e-30, 0)  # Dirichlet
+                noise /= noise.sum(1, keepdims=True)
+                tree.prior[tree.roots] = (1 - args.dirichlet_fraction) * prior + args.dirichlet_fraction * noise
+            policy, action = muzero_search(*settings)
+            if rng is not None:
+                weights = policy ** (1 / args.temperature)
+                cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
+                action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
+        return policy, action, tree.value[tree.roots]
+
+    def legal(self, infos: list[dict | None]) -> Array:
+        """(B, A): what `info["action_mask"]` allows, everything where there is none."""
+        masks = [(info or {}).get("action_mask") for info in infos]
+        return np.array([np.ones(self.num_actions, bool) if mask is None else np.asarray(mask, bool) for mask in masks])
+
+    def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
+        """Actions for all environments, drawn as self-play does."""
+        policy, action, value = self.plan(observations, self.legal(infos), self.rng)
+        self.found = list(zip(policy, value.tolist(), strict=True))
+        return (action + self.first_action).tolist()
+
+    def act(self, obs: Any, info: dict | None = None) -> int:
+        """An action for the one environment there is."""
+        return self.act_many([obs], [info])[0]
+
+    def observe(
+        self,
+        obs: Any,
+        action: Any,
+        reward: float,
+        next_obs: Any,
+        terminated: bool,
+        truncated: bool = False,
+        env: int = 0,
+    ) -> None:
+        """Stores one step of an environment; its episode goes to the replay when it ends, or in parts of 200 steps."""
+        part = self.parts[env]
+        policy, value = self.found[env]
+        part.append((self.vector(obs), action - self.first_action, reward, policy, value))
+        self.steps += 1
+        if terminated or truncated or len(part) >= min(200, self.args.buffer_size - 1):
+            self.store(part, self.vector(next_obs), terminated)
+            self.parts[env] = []
+
+    @torch.inference_mode()
+    def store(self, part: list[tuple], last_obs: Array, terminated: bool) -> None:
+        """Puts the steps of an episode into the replay with their value targets."""
+        args, length = self.args, len(part)
+        obs, action, reward, policy, value = (np.array(column) for column in zip(*part, strict=True))
+        last_value = 0.0
+        if not terminated:
+            latent = self.network.represent(torch.from_numpy(last_obs[None]).to(self.device))
+            last_value = self.network.expectation(self.network.value(latent)).item()
+        target = n_step_targets(reward, np.append(value, last_value), args.td_steps, args.gamma)
+        priority = (np.abs(target[:-1] - value) + 1e-3) ** args.priority_exponent
+        columns = {
+            "obs": np.concatenate([obs, last_obs[None]]),
+            "action": np.append(action, 0),
+            "reward": np.append(reward, 0),
+            "policy": np.concatenate([policy, np.full_like(policy[:1], 1 / self.num_actions)]),
+            "value": target,
+            "left": np.arange(length, -1, -1),
+            "terminated": np.full(length + 1, terminated),
+            "priority": np.append(priority, 0),
+        }
+        self.replay.add(columns)
+
+    def update(self) -> None:
+        """Makes the updates that the steps so far allow."""
+        args = self.args
+        if self.steps < args.learning_starts or self.replay.added == 0:
+            return
+        while self.updates < (self.steps - args.learning_starts) * args.updates_per_step:
+            rows, batch = self.replay.sample(args.batch_size, args.unroll_steps, self.rng)
+            tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
+            loss, value, logs = self.loss_fn(self.network, tensors, args.value_weight)
+            self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** (self.steps / args.decay_steps)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            error = np.abs(value.cpu().numpy() - batch["value"][:, 0])
+            self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
+            self.updates += 1
+            self.losses = logs | {"loss": loss}
+
+    def greedy_policy(self, seed: int) -> Callable[[Any], Any]:
+        """A policy (observation -> action) for one episode: a search without noise."""
+
+        def policy(obs: Any) -> int:
+            action = self.plan([obs], np.ones((1, self.num_actions), bool), None)[1]
+            return int(action[0]) + self.first_action
+
+        return policy
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, by TensorBoard tag."""
+        if self.losses:
+            self.logs |= {f"losses/{name}": value.item() for name, value in self.losses.items()}
+        return self.logs
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on, as tensors and plain values."""
+        self.metrics()  # so that a resumed run logs the same
+        rng = self.rng.bit_generator.state
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "replay": self.replay.state_dict(),
+            "rng": json.dumps(rng),
+            "parts": [[tuple(torch.tensor(np.asarray(x)) for x in step) for step in part] for part in self.parts],
+            "counts": [self.steps, self.updates],
+            "logs": self.logs,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` gave into a newly made agent."""
+        for name in ("network", "optimizer", "replay"):
+            getattr(self, name).load_state_dict(state[name])
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.parts = [
+            [tuple(x.numpy() if x.ndim else x.item() for x in step) for step in part] for part in state["parts"]
+        ]
+        (self.steps, self.updates), self.logs = state["counts"], state["logs"]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto`: a GPU where there is one."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise Failure(f"--device {name}: there is none that PyTorch can use")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+CHECKPOINT = "checkpoint.pt"
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Writes nested tensors and plain values; the file is a zip archive, which keeps checksums."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads what `write_checkpoint` wrote, executing no code; raises an exception of some kind where it is damaged."""
+    with zipfile.ZipFile(path) as file:
+        if broken := file.testzip():
+            raise ValueError(f"{broken} is damaged")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def parse_args() -> Args:
+    """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    env_id = parser.parse_known_args()[0].env_id
+    args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
+    if not (folder := args.resume or args.evaluate):
+        if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
+            print(f"settings for {env_id}: {', '.join(preset)}")
+        return args
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        default = Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    args = tyro.cli(Args, default=default)
+    if args.resume and args.evaluate:
+        raise Failure("--resume and --evaluate exclude each other")
+    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
+    if changed:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    return args
+
+
+class Run:
+    """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
+
+    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
+    videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    """
+
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
+        self.args, self.agent, self.episodes = args, agent, episodes
+        self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
+        self.log_every = max(1, args.total_timesteps // 100)
+        self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+        offset = self.restore() if args.resume or args.evaluate else 0
+        if not args.evaluate:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.path / "args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}} | provenance()
+            )
+            # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
+            self.events = open(self.path / "events.out.tfevents.0", "ab")
+            self.events.truncate(offset)
+            if offset == 0:
+                rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+                summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
+                self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+                self.write(Event(wall_time=time.time(), summary=summary))
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.step, unit="step", disable=True if args.evaluate else None
+        )
+
+    def steps(self, stride: int = 1) -> Iterator[int]:
+        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
+        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        args, caught, handlers = self.args, [], {}
+
+        def stop(number: int, _: Any) -> None:
+            caught.append(number)
+            signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
+
+        if threading.current_thread() is threading.main_thread():
+            handlers.update({number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)})
+        timed_from = self.step, time.time()
+        try:
+            while self.step < args.total_timesteps and not args.evaluate:
+                yield self.step + stride
+                before, self.step = self.step, self.step + stride
+                self.bar.update(stride)
+                if self.due(self.log_every, before):
+                    sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
+                    timed_from = self.step, time.time()
+                    self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
+                if self.due(args.eval_every, before):
+                    self.evaluate()
+                if self.due(args.checkpoint_every, before) or caught:
+                    self.save()
+                if caught and self.step < args.total_timesteps:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.path}")
+                    sys.exit(128 + caught[0])
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` was reached since step `before`; at the end everything is due."""
+        return self.step >= self.args.total_timesteps or self.step // every > before // every
+
+    def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
+        """Writes scalars and pictures under their TensorBoard tags, x = environment steps. A NaN is a Failure."""
+        summary = Summary()
+        for tag, value in values.items():
+            if isinstance(value, Image.Image):
+                value.save(png := io.BytesIO(), "PNG")
+                summary.value.add(tag=tag).image.MergeFrom(Summary.Image(encoded_image_string=png.getvalue()))
+            elif math.isfinite(value):
+                summary.value.add(tag=tag, simple_value=value)
+            else:
+                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+        self.write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def log_episode(self, step: int, episode: Episode) -> None:
+        """Logs a finished episode."""
+        values = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
+        self.log(step, values)
+        self.bar.set_postfix_str(f"return {episode.episodic_return:.4g}", refresh=False)
+
+    def write(self, event: Event) -> None:
+        if self.events:
+            RecordWriter(self.events).write(event.SerializeToString())
+
+    def evaluate(self) -> None:
+        """Greedy episodes on an environment of their own, always with the same seeds; keeps and logs their returns."""
+        args, env, lengths, frames = self.args, self.eval_env, [], []
+        limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
+        self.returns = []
+        for index in range(args.eval_episodes):
+            if memory := memory_of(self.episodes[0].env):
+                env.unwrapped.load_state_dict(memory)
+            episode = Episode(env, args.seed, 2, index)
+            policy, done = self.agent.greedy_policy(seed_of(args.seed, 3, index)), False
+            while not done and len(episode.actions) < limit:
+                if args.capture_video and index == 0:
+                    frames.append(Image.fromarray(env.render()).quantize())
+                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                done = terminated or truncated
+            if args.capture_video and index == 0:
+                frames.append(Image.fromarray(env.render()).quantize())
+            self.returns.append(episode.episodic_return)
+            lengths.append(len(episode.actions))
+        mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
+        self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
+        steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
+        tqdm.write(f"step {self.step}: evaluation return {mean:.4g} +- {std:.4g} ({steps})")
+        if frames:
+            video = self.path / "videos" / f"step_{self.step}.gif"
+            video.parent.mkdir(exist_ok=True)
+            duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds a frame
+            frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+    def save(self) -> None:
+        """Writes a checkpoint; at every instant a whole one is in the folder, and the one before it is kept."""
+        self.events.flush()
+        state = {"step": self.step, "seconds": time.time() - self.start_time, "returns": self.returns}
+        state |= {"events": self.events.tell(), "agent": self.agent.state_dict()}
+        state["episodes"] = [episode.state_dict() for episode in self.episodes]
+        path, new = self.path / CHECKPOINT, self.path / f"new.{CHECKPOINT}"
+        try:
+            write_checkpoint(new, state)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise Failure(f"step {self.step}: no checkpoint ({error}); the one before: --resume {self.path}") from error
+        if path.exists():
+            os.replace(path, self.path / f"previous.{CHECKPOINT}")
+        os.replace(new, path)
+
+    def restore(self) -> int:
+        """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
+        path = path if path.exists() or not previous.exists() else previous
+        if not path.exists() and self.args.resume:
+            return 0  # killed before its first checkpoint: from the beginning
+        try:
+            state = read_checkpoint(path)
+            self.agent.load_state_dict(state["agent"])
+            for episode, episode_state in zip(self.episodes, state["episodes"], strict=True):
+                episode.load_state_dict(episode_state)
+            self.step, self.returns = state["step"], state["returns"]
+            self.start_time -= state["seconds"]
+            return state["events"]
+        except Exception as error:
+            other = f"; the checkpoint before it is {previous}: rename it to use it" if previous.exists() else ""
+            raise Failure(f"cannot restore {path}: {type(error).__name__}: {error}{other}") from error
+
+    def finish(self) -> dict:
+        """Writes and returns the result, and says where to look."""
+        if self.args.evaluate or not self.returns:
+            self.evaluate()
+            if not self.args.evaluate:  # not a single step was asked for
+                self.save()
+        result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
+        result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
+        result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}
+        if not self.args.evaluate:
+            self.events.close()
+            write_json(self.path / "result.json", result)
+            print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
+        return result
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file atomically."""
+    new = path.with_name(f"new.{path.name}")
+    new.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(new, path)
+
+
+def provenance() -> dict:
+    """What a run was made with: versions of Python and of the packages, git commit of the script where there is one."""
+    packages = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "gymnasium") if name in sys.modules}
+    git = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if git else ""
+    return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit or None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """MuZero: self-play and training in turns; returns what is in result.json."""
+    torch.set_num_threads(args.threads)
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    agent = Agent(envs[0].observation_space, envs[0].action_space, args)
+    episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
+    run = Run(args, agent, episodes)
+    for step in run.steps(args.num_envs):
+        observations = [episode.obs for episode in episodes]
+        actions = agent.act_many(observations, [episode.info for episode in episodes])
+        for index, (episode, obs, action) in enumerate(zip(episodes, observations, actions, strict=True)):
+            next_obs, reward, terminated, truncated = episode.step(action)
+            agent.observe(obs, action, reward, next_obs, terminated, truncated, env=index)
+            if terminated or truncated:
+                run.log_episode(step, episode)
+                episode.reset()
+        agent.update()
+    return run.finish()
+
+
+def main() -> None:
+    """The command line; what the user can fix is one line on stderr and status 2."""
+    try:
+        train(parse_args())
+    except (Failure, OSError) as error:
+        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
