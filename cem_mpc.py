@@ -143,8 +143,8 @@ class Args:
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: int = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
-    max_epochs: int = 50
-    """Epochs after which a training ends in any case (PETS: 5 a trial)."""
+    max_updates: int = 1_000
+    """Gradient steps after which a training ends in any case, at the end of an epoch (PETS: 5 epochs a trial)."""
     holdout_ratio: float = 0.1
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
     max_holdout: int = 5_000
@@ -196,7 +196,7 @@ class Args:
             model_batch_size=(1, 10**6),
             train_every=(1, math.inf),
             patience=(1, 10**6),
-            max_epochs=(1, 10**6),
+            max_updates=(1, math.inf),
             holdout_ratio=(0, 0.9),
             max_holdout=(1, math.inf),
             horizon=(1, 1000),
@@ -218,7 +218,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 1_500, "horizon": 40},
+    "CartPole-v1": {"total_timesteps": 2_000, "horizon": 40},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
@@ -500,15 +500,15 @@ def fit(
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
     networks = model.dynamics, model.reward
     best_layers = [[layer.detach().clone() for layer in network] for network in networks]
-    best, stale, epochs = torch.full((2, members), math.inf, device=device), 0, 0
-    while stale <= args.patience and epochs < args.max_epochs:
-        epochs += 1
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
+    while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(args.model_batch_size, dim=1):  # (E, B)
             loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            updates += 1
 
         with torch.no_grad():
             error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
@@ -527,7 +527,7 @@ def fit(
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
-    return logs | {"losses/model_loss": loss.item(), "model/epochs": float(epochs)}
+    return logs | {"losses/model_loss": loss.item(), "model/updates": float(updates)}
 
 
 @torch.inference_mode()
@@ -576,20 +576,27 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 class Value(nn.Module):
     """V(s), learned from the lambda-returns of the latest real steps (Sutton & Barto, section 12.1): the value of how
-    the agent acts now, not of how it began."""
+    the agent acts now, not of how it began. It is learned from scratch each time: a network that has followed changing
+    targets for long judges states that it has not seen worse (Nikishin et al. 2022)."""
 
-    window, trace, updates, batch_size = 2_000, 0.95, 200, 256  # steps, lambda, gradient steps a training, rows of each
+    window, trace = 2_000, 0.95  # steps, lambda
+    rounds, updates, batch_size = 5, 200, 256  # the targets are computed anew in each round
 
     def __init__(self, obs_size: int, generator: torch.Generator):
         super().__init__()
         for name, size in (("obs_mean", obs_size), ("obs_std", obs_size), ("return_mean", 1), ("return_std", 1)):
             value = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, value(size, device=generator.device))
-        self.layers = nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise((obs_size, 256, 256, 1)):
-            weight = torch.randn(1, fan_in, fan_out, generator=generator, device=generator.device) / math.sqrt(fan_in)
-            self.layers.extend([weight, torch.zeros(1, 1, fan_out, device=generator.device)])
-        self.optimizer = torch.optim.Adam(self.layers, lr=1e-3)
+        sizes = itertools.pairwise((obs_size, 256, 256, 1))
+        layers = [torch.empty(1, *shape, device=generator.device) for pair in sizes for shape in (pair, (1, pair[1]))]
+        self.layers = nn.ParameterList(layers)
+        self.reset(generator)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Initial weights."""
+        for weight, bias in zip(self.layers[::2], self.layers[1::2], strict=True):
+            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]), generator=generator)
+            nn.init.zeros_(bias)
 
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
@@ -614,19 +621,23 @@ class Value(nn.Module):
         return torch.tensor(returns, device=obs.device)
 
     def fit(self, data: "Buffer", args: Args, generator: torch.Generator) -> dict[str, float]:
-        """Learns the lambda-returns as they are now."""
-        with torch.no_grad():
-            obs, returns = data.column("obs")[-self.window :], self.lambda_returns(data, args.gamma)
-            self.obs_mean.copy_(obs.mean(0))
-            self.obs_std.copy_(obs.std(0, correction=0).clamp_min(1e-6))
-            self.return_mean.fill_(returns.mean())
-            self.return_std.fill_(returns.std(correction=0) + 1e-6)
-        for _ in range(self.updates):
-            rows = torch.randint(len(obs), (self.batch_size,), generator=generator, device=obs.device)
-            loss = (((self(obs[rows]) - returns[rows]) / self.return_std) ** 2).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+        """Learns the value of the latest steps."""
+        self.reset(generator)
+        optimizer = torch.optim.Adam(self.layers, lr=1e-3)
+        obs = data.column("obs")[-self.window :]
+        for _ in range(self.rounds):
+            with torch.no_grad():
+                returns, obs_std = self.lambda_returns(data, args.gamma), obs.std(0, correction=0)
+                self.obs_mean.copy_(obs.mean(0))
+                self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
+                self.return_mean.fill_(returns.mean())
+                self.return_std.fill_(returns.std(correction=0) + 1e-6)
+            for _ in range(self.updates):
+                rows = torch.randint(len(obs), (self.batch_size,), generator=generator, device=obs.device)
+                loss = (((self(obs[rows]) - returns[rows]) / self.return_std) ** 2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
         return {"losses/value_loss": loss.item()}
 
 
@@ -1024,13 +1035,10 @@ class Agent:
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
-        value = None
-        if self.value is not None:
-            value = {"network": self.value.state_dict(), "optimizer": self.value.optimizer.state_dict()}
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "value": value,
+            "value": None if self.value is None else self.value.state_dict(),
             "data": self.data.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "start": self.start,
@@ -1043,8 +1051,7 @@ class Agent:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.value is not None:
-            self.value.load_state_dict(state["value"]["network"])
-            self.value.optimizer.load_state_dict(state["value"]["optimizer"])
+            self.value.load_state_dict(state["value"])
         self.data.load_state_dict(state["data"])
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])

@@ -175,8 +175,8 @@ class Args:
     """Environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)."""
     patience: int = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
-    max_epochs: int = 100
-    """Epochs after which a training ends in any case (MBPO: none)."""
+    max_updates: int = 2_000
+    """Gradient steps after which a training ends in any case, at the end of an epoch (MBPO: none)."""
     holdout_ratio: float = 0.2
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
     max_holdout: int = 5_000
@@ -208,7 +208,7 @@ class Args:
             model_batch_size=(1, 10**6),
             train_every=(1, math.inf),
             patience=(1, 10**6),
-            max_epochs=(1, 10**6),
+            max_updates=(1, math.inf),
             holdout_ratio=(0, 0.9),
             max_holdout=(1, math.inf),
         )
@@ -525,15 +525,15 @@ def fit(
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
     networks = model.dynamics, model.reward
     best_layers = [[layer.detach().clone() for layer in network] for network in networks]
-    best, stale, epochs = torch.full((2, members), math.inf, device=device), 0, 0
-    while stale <= args.patience and epochs < args.max_epochs:
-        epochs += 1
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
+    while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(args.model_batch_size, dim=1):  # (E, B)
             loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            updates += 1
 
         with torch.no_grad():
             error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
@@ -552,7 +552,7 @@ def fit(
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
-    return logs | {"losses/model_loss": loss.item(), "model/epochs": float(epochs)}
+    return logs | {"losses/model_loss": loss.item(), "model/updates": float(updates)}
 
 
 @torch.inference_mode()

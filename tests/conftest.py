@@ -23,9 +23,9 @@ NEURAL = ["cem_mpc", "mbpo", "muzero"]
 SCRIPTS = TABULAR + NEURAL
 TINY = {  # arguments with which a script takes milliseconds a step
     "cem_mpc": "--hidden 16 16 --weight-decay 0 1e-5 1e-4 --population 8 --num-best 3 --iterations 2 --horizon 3"
-    " --learning-starts 30 --train-every 40 --max-epochs 2 --ensemble-size 3 --num-elites 2 --particles 2",
+    " --learning-starts 30 --train-every 40 --max-updates 4 --ensemble-size 3 --num-elites 2 --particles 2",
     "mbpo": "--hidden 16 16 --weight-decay 0 1e-5 1e-4 --policy-hidden 16 16 --learning-starts 30 --train-every 40"
-    " --max-epochs 2 --ensemble-size 3 --num-elites 2 --rollouts 50 --updates-per-step 1 --batch-size 32",
+    " --max-updates 4 --ensemble-size 3 --num-elites 2 --rollouts 50 --updates-per-step 1 --batch-size 32",
     "muzero": "--num-envs 2 --num-simulations 3 --hidden-size 16 --latent-size 8 --batch-size 16 --learning-starts 50"
     " --updates-per-step 0.1 --support 5",
 }

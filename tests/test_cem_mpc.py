@@ -171,7 +171,7 @@ def linear_data(rows: int = 300, noise: float = 0.0) -> Buffer:
 
 
 def trained(data: Buffer, **fields: object) -> tuple[Ensemble, dict[str, float]]:
-    args = small_args(**{"hidden": (32, 32), "max_epochs": 60, "model_batch_size": 32, **fields})
+    args = small_args(**{"hidden": (32, 32), "max_updates": 600, "model_batch_size": 32, **fields})
     model = Ensemble(OBS, ACTION, args, generator())
     optimizer = torch.optim.Adam(model.parameters(), lr=args.model_lr)
     return model, fit(model, optimizer, ensemble_loss, data, args, generator(1))
@@ -205,7 +205,7 @@ def test_holdout_rows_never_enter_training():
     data, other = linear_data(), linear_data()
     for column in (other.obs, other.delta, other.reward):
         column[other.holdout] = 100.0
-    models = [trained(rows, max_epochs=1)[0] for rows in (data, other)]
+    models = [trained(rows, max_updates=1)[0] for rows in (data, other)]
     for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(one, two)
     for name in ("obs_mean", "delta_std", "reward_mean"):
@@ -249,12 +249,12 @@ def test_each_network_is_left_with_its_best_weights_and_the_best_are_the_elites(
 def test_training_stops_when_nothing_gets_better():
     data = linear_data(40)
     data.delta[:] = torch.randn(data.delta.shape, generator=generator())
-    _, logs = trained(data, patience=2, max_epochs=1_000)
-    assert logs["model/epochs"] < 200
+    _, logs = trained(data, patience=2, max_updates=100_000)
+    assert logs["model/updates"] < 400
 
 
 def test_bootstrap_gives_every_member_rows_of_its_own():
-    model, _ = trained(linear_data(), max_epochs=1)
+    model, _ = trained(linear_data(), max_updates=1)
     untrained = Ensemble(OBS, ACTION, small_args(hidden=(32, 32)), generator())
     steps = [
         (after - before).flatten(1) for before, after in zip(untrained.dynamics[::2], model.dynamics[::2], strict=True)
@@ -589,7 +589,7 @@ def test_value_learns_what_a_state_is_worth():
         position = row % 20
         fields = {"terminated": position == 19, "episode": row // 20, "holdout": False}
         data.add(obs=[position], action=[0], reward=1.0, delta=[1], **fields)
-    for _ in range(8):
+    for _ in range(3):
         logs = value.fit(data, small_args(gamma=0.9), generator(1))
     wanted = (1 - 0.9 ** (20 - torch.arange(20.0))) / 0.1
     assert (value(torch.arange(20.0)[:, None]) - wanted).abs().max() < 0.5
