@@ -538,36 +538,40 @@ def search(
     tree: Tree,
     discount: float,
     num_simulations: int,
-    select_root: Callable[[], Array],
     select: Callable[[Array], Array],
+    select_root: Callable[[], Array] | None = None,
 ) -> None:
-    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root."""
+    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root.
+
+    `select`: rows -> the actions to walk on by; `select_root`: the same for the roots, where it differs. What a node
+    selects changes only when something comes back through it, so it is computed then, for all nodes of a path at once,
+    and a step down is but a look into a table.
+    """
     num_actions, roots = tree.num_actions, tree.roots
     child, q, reward, edge_visits = (array.reshape(-1) for array in (tree.child, tree.q, tree.reward, tree.edge_visits))
     value, visits = tree.value, tree.visits
+    selected = np.zeros(len(value), np.int64)
+    selected[roots] = select(roots)
     leaf = np.empty(len(roots), np.int64)  # the edge behind which a tree is expanded
     for simulation in range(num_simulations):
-        # Down: `walking` are the trees that have not come to their leaf, `node` the rows where they are.
-        walking, node, action, path = None, roots, select_root(), []
+        if select_root is not None:
+            selected[roots] = select_root()
+        # Down: `walking` are the trees that have not come to their leaf (None: all), `node` the rows where they are.
+        walking, node, path = None, roots, []
         while True:
-            edge = node * num_actions + action
+            edge = node * num_actions + selected.take(node)
             path.append((walking, node, edge))
             behind = child.take(edge)
             inside = behind >= 0
             if inside.all():
                 node = behind
-            else:
-                ends = ~inside
-                if walking is None:
-                    leaf[ends] = edge[ends]
-                    walking = inside.nonzero()[0]
-                else:
-                    leaf[walking[ends]] = edge[ends]
-                    walking = walking[inside]
-                if len(walking) == 0:
-                    break
-                node = behind[inside]
-            action = select(node)
+                continue
+            ends = ~inside
+            leaf[ends if walking is None else walking[ends]] = edge[ends]
+            walking = inside.nonzero()[0] if walking is None else walking[inside]
+            if len(walking) == 0:
+                break
+            node = behind[inside]
 
         new = roots + simulation + 1
         from_row, action = np.divmod(leaf, num_actions)
@@ -575,19 +579,21 @@ def search(
         tree.add(new, latent, logits, leaf_value)
         child[leaf], reward[leaf] = new, leaf_reward
 
-        # Back: `returned` is what comes after each node of the path.
+        # Back: `returned` is what has come back to each tree's node of the level.
         returned = leaf_value.astype(np.float32)
         for walking, node, edge in reversed(path):
+            immediate, count = reward.take(edge), visits.take(node)
             if walking is None:
-                returned = back = reward.take(edge) + discount * returned
+                returned = back = immediate + discount * returned
             else:
-                back = reward.take(edge) + discount * returned.take(walking)
+                back = immediate + discount * returned.take(walking)
                 returned[walking] = back
-            count = visits.take(node)
             value[node] = (value.take(node) * count + back) / (count + 1)
             visits[node] = count + 1
             edge_visits[edge] += 1
-            q[edge] = reward.take(edge) + discount * value.take(child.take(edge))
+            q[edge] = immediate + discount * value.take(child.take(edge))
+        touched = np.concatenate([new, *(node for _, node, _ in path)])
+        selected[touched] = select(touched)
 
 
 @cache
@@ -615,14 +621,9 @@ def muzero_search(
 
     Returns the policies found (B, A), the shares of the visits, and the most visited actions (B,).
     """
-    roots, table, illegal = tree.roots, exploration(num_simulations), ~legal
-
-    def select_root() -> Array:
-        score = puct(tree, roots, table)
-        score[illegal] = -np.inf
-        return score.argmax(1)
-
-    search(recurrent, tree, discount, num_simulations, select_root, lambda node: puct(tree, node, table).argmax(1))
+    roots, table = tree.roots, exploration(num_simulations)
+    tree.prior[roots] = np.where(legal, tree.prior[roots], -np.inf)  # never the best
+    search(recurrent, tree, discount, num_simulations, lambda node: puct(tree, node, table).argmax(1))
     visits = tree.edge_visits[roots]
     return visits / visits.sum(1, keepdims=True), visits.argmax(1)
 
@@ -688,7 +689,7 @@ def gumbel_search(
         visits = tree.edge_visits.take(node, axis=0)
         return (policy - visits / (1 + visits.sum(1, keepdims=True))).argmax(1)
 
-    search(recurrent, tree, discount, num_simulations, select_root, select)
+    search(recurrent, tree, discount, num_simulations, select, select_root)
     return softmax(logits + completed_q(tree, roots)), best_of(tree.edge_visits[roots].max(1))
 
 
