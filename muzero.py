@@ -563,7 +563,7 @@ def search(
             path.append((walking, node, edge))
             behind = child.take(edge)
             inside = behind >= 0
-            if inside.all():
+            if np.logical_and.reduce(inside):
                 node = behind
                 continue
             ends = ~inside
@@ -580,19 +580,22 @@ def search(
         child[leaf], reward[leaf] = new, leaf_reward
 
         # Back: `returned` is what has come back to each tree's node of the level.
+        nodes, edges = (np.concatenate(parts) for parts in list(zip(*path, strict=True))[1:])
+        rewards, back, stop = reward.take(edges), np.empty(len(edges), np.float32), len(edges)
         returned = leaf_value.astype(np.float32)
-        for walking, node, edge in reversed(path):
-            immediate, count = reward.take(edge), visits.take(node)
+        for walking, node, _ in reversed(path):
+            level = slice(stop - len(node), stop)
+            stop -= len(node)
             if walking is None:
-                returned = back = immediate + discount * returned
+                back[level] = returned = rewards[level] + discount * returned
             else:
-                back = immediate + discount * returned.take(walking)
-                returned[walking] = back
-            value[node] = (value.take(node) * count + back) / (count + 1)
-            visits[node] = count + 1
-            edge_visits[edge] += 1
-            q[edge] = immediate + discount * value.take(child.take(edge))
-        touched = np.concatenate([new, *(node for _, node, _ in path)])
+                back[level] = returned[walking] = rewards[level] + discount * returned.take(walking)
+        count = visits.take(nodes)
+        value[nodes] = (value.take(nodes) * count + back) / (count + 1)
+        visits[nodes] = count + 1
+        edge_visits[edges] += 1
+        q[edges] = rewards + discount * value.take(child.take(edges))
+        touched = np.concatenate([new, nodes])
         selected[touched] = select(touched)
 
 
