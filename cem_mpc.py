@@ -137,8 +137,9 @@ class Args:
     """Factor of half the squared weights of each layer, the last one included (MBPO; not of the biases)."""
     model_lr: float = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
-    model_batch_size: int = 32
-    """Rows per network and gradient step (PETS: 32; MBPO: 256, which with little data are too few steps an epoch)."""
+    model_batch_size: int = 256
+    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, 32 or more (MBPO:
+    256, PETS: 32)."""
     train_every: int = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: int = 5
@@ -500,10 +501,11 @@ def fit(
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
     networks = model.dynamics, model.reward
     best_layers = [[layer.detach().clone() for layer in network] for network in networks]
+    batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
     best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
-        for batch in shuffled.split(args.model_batch_size, dim=1):  # (E, B)
+        for batch in shuffled.split(batch_size, dim=1):  # (E, B)
             loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()

@@ -49,10 +49,11 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -320,16 +321,29 @@ Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-def scale(x: Tensor | Array) -> Tensor | Array:
+# The network is written in what PyTorch and NumPy have in common: it is trained as tensors and searched, on a CPU, as
+# arrays that share their memory, because for a few rows at a time calls of NumPy cost half of those of PyTorch.
+Values = Tensor | Array
+Parameters = Mapping[str, Values]
+
+
+def library(x: Values) -> ModuleType:
+    return torch if isinstance(x, Tensor) else np
+
+
+def scale(x: Values) -> Values:
     """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, which keeps targets small (MuZero, appendix F)."""
-    library = torch if isinstance(x, Tensor) else np
-    return library.sign(x) * (library.sqrt(abs(x) + 1) - 1) + 0.001 * x
+    return library(x).sign(x) * (library(x).sqrt(abs(x) + 1) - 1) + 0.001 * x
 
 
-def unscale(y: Tensor | Array) -> Tensor | Array:
+def unscale(y: Values) -> Values:
     """The inverse of h."""
-    library = torch if isinstance(y, Tensor) else np
-    return library.sign(y) * (((library.sqrt(1 + 0.004 * (abs(y) + 1 + 0.001)) - 1) / 0.002) ** 2 - 1)
+    return library(y).sign(y) * (((library(y).sqrt(1 + 0.004 * (abs(y) + 1 + 0.001)) - 1) / 0.002) ** 2 - 1)
+
+
+def softmax(logits: Values) -> Values:
+    exp = library(logits).exp(logits - library(logits).amax(logits, -1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
 
 
 def two_hot(x: Tensor, support: int) -> Tensor:
@@ -341,54 +355,63 @@ def two_hot(x: Tensor, support: int) -> Tensor:
     return (1 - share) * low + share * low.roll(1, dims=-1)
 
 
-def mlp(fan_in: int, hidden: int, fan_out: int, generator: torch.Generator) -> nn.Sequential:
-    """One hidden layer, with PyTorch's initial weights, drawn from our own generator."""
-    layers = [
-        nn.utils.skip_init(nn.Linear, *sizes, device=generator.device)
-        for sizes in ((fan_in, hidden), (hidden, fan_out))
-    ]
-    for layer in layers:
-        for parameter in layer.parameters():
-            bound = 1 / math.sqrt(layer.in_features)
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    return nn.Sequential(layers[0], nn.ELU(), layers[1])
+def expectation(logits: Values) -> Values:
+    """(..., 2 * support + 1) -> (...): the inverse of `two_hot`, of logits."""
+    bins = np.arange(logits.shape[-1], dtype=np.float32) - logits.shape[-1] // 2
+    return unscale(softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins))
 
 
-class Network(nn.Module):
-    """The three functions of MuZero on vectors: representation, dynamics, prediction. The reward is predicted from the
-    latent state that a step leads to, as policy and value are."""
+def make_parameters(obs_size: int, num_actions: int, args: Args, generator: torch.Generator) -> nn.ParameterDict:
+    """Weights (in, out) and biases (out,) of layers with PyTorch's initial values, drawn from our own generator."""
+    latent, hidden, bins = args.latent_size, args.hidden_size, 2 * args.support + 1
+    sizes = {"represent": (obs_size, hidden), "latent": (hidden, latent)}
+    sizes |= {"step": (latent + num_actions, hidden), "next_latent": (hidden, latent)}
+    sizes |= {"reward_hidden": (latent, hidden), "value_hidden": (latent, hidden), "policy_hidden": (latent, hidden)}
+    sizes |= {"reward": (hidden, bins), "value": (hidden, bins), "policy": (hidden, num_actions)}
+    parameters = nn.ParameterDict()
+    for name, (fan_in, fan_out) in sizes.items():
+        for kind, shape in (("weight", (fan_in, fan_out)), ("bias", (fan_out,))):
+            tensor, bound = torch.empty(shape, device=generator.device), 1 / math.sqrt(fan_in)
+            parameters[f"{name}_{kind}"] = nn.init.uniform_(tensor, -bound, bound, generator=generator)
+    return parameters
 
-    def __init__(self, obs_size: int, num_actions: int, args: Args, generator: torch.Generator):
-        super().__init__()
-        hidden, latent, self.num_actions, self.support = args.hidden_size, args.latent_size, num_actions, args.support
-        self.representation = mlp(obs_size, hidden, latent, generator)
-        self.dynamics = mlp(latent + num_actions, hidden, latent, generator)
-        self.reward = mlp(latent, hidden, 2 * self.support + 1, generator)
-        self.value = mlp(latent, hidden, 2 * self.support + 1, generator)
-        self.policy = mlp(latent, hidden, num_actions, generator)
-        self.register_buffer("bins", torch.arange(-self.support, self.support + 1.0, device=generator.device))
 
-    def represent(self, obs: Tensor) -> Tensor:
-        """obs (B, obs_size) -> latent (B, L) in [0, 1]."""
-        return self.bounded(self.representation(obs))
+def dense(parameters: Parameters, name: str, x: Values) -> Values:
+    return x @ parameters[f"{name}_weight"] + parameters[f"{name}_bias"]
 
-    def step(self, latent: Tensor, action: Tensor) -> Tensor:
-        """latent (B, L), action (B,) -> the next latent (B, L)."""
-        return self.bounded(self.dynamics(torch.cat([latent, F.one_hot(action, self.num_actions)], dim=-1)))
 
-    @staticmethod
-    def bounded(latent: Tensor) -> Tensor:
-        """Each latent state to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
-        low, high = latent.min(-1, keepdim=True).values, latent.max(-1, keepdim=True).values
-        return (latent - low) / (high - low).clamp_min(1e-5)
+def relu(x: Values) -> Values:
+    return library(x).clip(x, 0, None)
 
-    def expectation(self, logits: Tensor) -> Tensor:
-        """(..., 2 * support + 1) -> (...)."""
-        return unscale(logits.softmax(-1) @ self.bins)
+
+def bounded(latent: Values) -> Values:
+    """Each latent state (..., L) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
+    low, high = (reduce(latent, -1, keepdims=True) for reduce in (library(latent).amin, library(latent).amax))
+    return (latent - low) / library(latent).clip(high - low, 1e-5, None)
+
+
+def represent(parameters: Parameters, obs: Values) -> Values:
+    """obs (B, obs_size) -> latent (B, L)."""
+    return bounded(dense(parameters, "latent", relu(dense(parameters, "represent", obs))))
+
+
+def step(parameters: Parameters, latent: Values, action: Values) -> Values:
+    """latent (B, L), action (B,) -> the next latent (B, L)."""
+    # The rows of the weights behind the latent's are what a one-hot action selects.
+    weight, size = parameters["step_weight"], latent.shape[-1]
+    hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
+    return bounded(dense(parameters, "next_latent", hidden))
+
+
+def predict(parameters: Parameters, latent: Values) -> list[Values]:
+    """latent (..., L) -> logits of the reward that led to it and of its value (..., 2 * support + 1), and of the policy
+    (..., A)."""
+    heads = ("reward", "value", "policy")
+    return [dense(parameters, name, relu(dense(parameters, f"{name}_hidden", latent))) for name in heads]
 
 
 def unrolled_loss(
-    network: Network, batch: dict[str, Tensor], value_weight: float
+    parameters: Parameters, batch: dict[str, Tensor], value_weight: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, obs_size); action and reward (B, K); value and
     policy (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode
@@ -397,26 +420,24 @@ def unrolled_loss(
     Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
     """
     steps = batch["action"].shape[1]
-    latents = [network.represent(batch["obs"])]
-    for step in range(steps):
+    latents = [represent(parameters, batch["obs"])]
+    for index in range(steps):
         latent = latents[-1]
-        latents.append(network.step(0.5 * latent + 0.5 * latent.detach(), batch["action"][:, step]))
-    latent = torch.stack(latents, dim=1)  # (B, K + 1, L)
-    share = torch.full((1, steps + 1), 1 / max(steps, 1), device=latent.device)
+        latents.append(step(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
+    reward_logits, value_logits, policy_logits = predict(parameters, torch.stack(latents, dim=1))  # (B, K + 1, ...)
+    share = torch.full((1, steps + 1), 1 / max(steps, 1), device=value_logits.device)
     share[:, 0] = 1.0
 
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         return -(target * logits.log_softmax(-1)).sum(-1)
 
-    value_logits = network.value(latent)
-    value = cross_entropy(value_logits, two_hot(batch["value"], network.support)) * batch["known"]
-    policy = cross_entropy(network.policy(latent), batch["policy"]) * batch["acting"]
-    reward = (
-        cross_entropy(network.reward(latent[:, 1:]), two_hot(batch["reward"], network.support)) * batch["known"][:, :-1]
-    )
+    support = value_logits.shape[-1] // 2
+    value = cross_entropy(value_logits, two_hot(batch["value"], support)) * batch["known"]
+    policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
+    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support)) * batch["known"][:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
     logs = {"value_loss": value.mean(), "policy_loss": policy.mean(), "reward_loss": reward.mean()}
-    return (batch["weight"] * total).mean(), network.expectation(value_logits[:, 0]).detach(), logs
+    return (batch["weight"] * total).mean(), expectation(value_logits[:, 0]).detach(), logs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,11 +521,6 @@ class Replay:
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
 # B searches at once: each simulation walks down all trees and calls the network once, with a leaf of each.
-def softmax(logits: Array) -> Array:
-    exp = np.exp(logits - logits.max(-1, keepdims=True))
-    return exp / exp.sum(-1, keepdims=True)
-
-
 class Tree:
     """B search trees of up to N + 1 nodes, in flat arrays: node n of tree b is row b * (N + 1) + n, its root n = 0.
 
@@ -715,9 +731,12 @@ class Agent:
         obs_size = self.num_states or math.prod(observation_space.shape)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
-        self.network = Network(obs_size, self.num_actions, args, generator)
+        self.parameters = make_parameters(obs_size, self.num_actions, args, generator)
+        # What the search sees: on a CPU, arrays in the same memory.
+        on_cpu = self.device.type == "cpu"
+        self.view = {name: p.detach().numpy() if on_cpu else p.detach() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
+            self.parameters.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
         )
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
         self.replay = Replay(obs_size, self.num_actions, args.buffer_size)
@@ -732,26 +751,33 @@ class Agent:
             return np.eye(self.num_states, dtype=np.float32)[int(obs) - self.first_state]
         return np.asarray(obs, np.float32).reshape(-1)
 
-    @torch.inference_mode()
+    def infer(self, function: Callable[..., Values], *arrays: Array) -> Array:
+        """Calls a function of the network with arrays, wherever it is."""
+        if self.device.type == "cpu":
+            return function(self.view, *arrays)
+        with torch.inference_mode():
+            found = function(self.view, *(torch.from_numpy(array).to(self.device) for array in arrays))
+            return [part.cpu().numpy() for part in found] if isinstance(found, list) else found.cpu().numpy()
+
+    def evaluate(self, latent: Array) -> tuple[Array, Array, Array]:
+        """latent (B, L) -> rewards (B,), policy logits (B, A), values (B,)."""
+        reward, value, policy = self.infer(predict, latent)
+        reward, value = expectation(np.stack([reward, value]))
+        return reward, policy, value
+
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
         """What the search asks of the model."""
-        network = self.network
-        state = network.step(torch.from_numpy(latent).to(self.device), torch.from_numpy(action).to(self.device))
-        both = network.expectation(torch.stack([network.reward(state), network.value(state)]))
-        outcome = (state, both[0], network.policy(state), both[1])
-        return tuple(part.cpu().numpy() for part in outcome)
+        latent = self.infer(step, latent, action)
+        return latent, *self.evaluate(latent)
 
-    @torch.inference_mode()
     def plan(
         self, observations: list[Any], legal: Array, rng: np.random.Generator | None
     ) -> tuple[Array, Array, Array]:
         """Searches from B observations; `rng`: the noise of self-play, None for none. Returns the policies found
         (B, A), actions (B,) and root values (B,)."""
-        args, network = self.args, self.network
-        obs = torch.from_numpy(np.stack([self.vector(obs) for obs in observations])).to(self.device)
-        latent = network.represent(obs)
-        root = (latent, network.policy(latent), network.expectation(network.value(latent)))
-        tree = Tree(*(part.cpu().numpy() for part in root), legal, args.num_simulations)
+        args = self.args
+        latent = self.infer(represent, np.stack([self.vector(obs) for obs in observations]))
+        tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
@@ -803,15 +829,13 @@ class Agent:
             self.store(part, self.vector(next_obs), terminated)
             self.parts[env] = []
 
-    @torch.inference_mode()
     def store(self, part: list[tuple], last_obs: Array, terminated: bool) -> None:
         """Puts the steps of an episode into the replay with their value targets."""
         args, length = self.args, len(part)
         obs, action, reward, policy, value = (np.array(column) for column in zip(*part, strict=True))
         last_value = 0.0
         if not terminated:
-            latent = self.network.represent(torch.from_numpy(last_obs[None]).to(self.device))
-            last_value = self.network.expectation(self.network.value(latent)).item()
+            last_value = float(self.evaluate(self.infer(represent, last_obs[None]))[2][0])
         target = n_step_targets(reward, np.append(value, last_value), args.td_steps, args.gamma)
         priority = (np.abs(target[:-1] - value) + 1e-3) ** args.priority_exponent
         columns = {
@@ -834,11 +858,11 @@ class Agent:
         while self.updates < (self.steps - args.learning_starts) * args.updates_per_step:
             rows, batch = self.replay.sample(args.batch_size, args.unroll_steps, self.rng)
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
-            loss, value, logs = self.loss_fn(self.network, tensors, args.value_weight)
+            loss, value, logs = self.loss_fn(self.parameters, tensors, args.value_weight)
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** (self.steps / args.decay_steps)
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(self.parameters.parameters(), args.max_grad_norm)
             self.optimizer.step()
             error = np.abs(value.cpu().numpy() - batch["value"][:, 0])
             self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
@@ -865,7 +889,7 @@ class Agent:
         self.metrics()  # so that a resumed run logs the same
         rng = self.rng.bit_generator.state
         return {
-            "network": self.network.state_dict(),
+            "parameters": self.parameters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "rng": json.dumps(rng),
@@ -876,7 +900,7 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        for name in ("network", "optimizer", "replay"):
+        for name in ("parameters", "optimizer", "replay"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.parts = [

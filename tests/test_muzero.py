@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import muzero
 from muzero import (
-    Network,
     Replay,
     Tree,
     gumbel_search,
@@ -229,49 +228,87 @@ def test_targets_by_hand():
     assert n_step_targets(np.array([0.0, 0.0]), np.array([0.0, 0.0, 0.5]), 2, -1.0).tolist() == [0.5, -0.5, 0.5]
 
 
+# --- network --------------------------------------------------------------------------------------------------------
+def plain_layers(parameters: torch.nn.ParameterDict, *names: str) -> torch.nn.Sequential:
+    """Layers of torch's own, with ReLU between them."""
+    layers = []
+    for name in names:
+        weight, bias = parameters[f"{name}_weight"], parameters[f"{name}_bias"]
+        linear = torch.nn.Linear(*weight.shape).double()
+        linear.weight.data, linear.bias.data = weight.T.detach().double(), bias.detach().double()
+        layers += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def plain_bounded(x: torch.Tensor) -> torch.Tensor:
+    low, high = x.min(-1, keepdim=True).values, x.max(-1, keepdim=True).values
+    return (x - low) / (high - low)
+
+
+def test_network_is_that_of_plain_layers_for_tensors_and_arrays():
+    parameters = muzero.make_parameters(3, 2, small_args(), generator())
+    view = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    obs, action = torch.randn(5, 3, generator=generator(1)), torch.tensor([0, 1, 1, 0, 1])
+    latent = plain_bounded(plain_layers(parameters, "represent", "latent")(obs.double()))
+    joined = torch.cat([latent, torch.nn.functional.one_hot(action, 2)], dim=-1)
+    following = plain_bounded(plain_layers(parameters, "step", "next_latent")(joined))
+    for weights, kind in ((parameters, lambda x: x), (view, lambda x: x.numpy())):
+        first = muzero.represent(weights, kind(obs))
+        second = muzero.step(weights, first, kind(action))
+        for got, wanted in ((first, latent), (second, following)):
+            np.testing.assert_allclose(np.asarray(torch.as_tensor(got).detach()), wanted.detach(), atol=1e-5)
+        for name, logits in zip(("reward", "value", "policy"), muzero.predict(weights, second), strict=True):
+            wanted = plain_layers(parameters, f"{name}_hidden", name)(following)
+            np.testing.assert_allclose(np.asarray(torch.as_tensor(logits).detach()), wanted.detach(), atol=1e-5)
+
+
+def test_expectation_is_the_mean_of_the_bins_unscaled():
+    logits = torch.randn(4, 11, generator=generator())
+    wanted = unscale((logits.softmax(-1) * torch.arange(-5, 6)).sum(-1))
+    torch.testing.assert_close(muzero.expectation(logits), wanted)
+    np.testing.assert_allclose(muzero.expectation(logits.numpy()), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_is_halved_where_a_latent_state_enters_the_dynamics_and_nowhere_else():
-    network = Network(3, 2, small_args(), generator()).double()
+    network = muzero.make_parameters(3, 2, small_args(), generator()).double()
     obs, action = torch.randn(4, 3, generator=generator(1)).double(), torch.tensor([[0, 1]] * 4)
     batch = {
         "obs": obs,
         "action": action,
-        "reward": torch.rand(4, 2).double(),
-        "value": torch.rand(4, 3).double(),
+        "reward": torch.rand(4, 2, generator=generator(2)).double(),
+        "value": torch.rand(4, 3, generator=generator(3)).double(),
         "policy": torch.full((4, 3, 2), 0.5).double(),
         "known": torch.ones(4, 3).double(),
         "acting": torch.ones(4, 3).double(),
         "weight": torch.ones(4).double(),
     }
     loss, _, _ = unrolled_loss(network, batch, 0.25)
-    (gradient,) = torch.autograd.grad(loss, [network.representation[2].bias])
+    (gradient,) = torch.autograd.grad(loss, [network["latent_bias"]])
 
     def losses() -> torch.Tensor:
         """The weighted losses of steps 0, 1 and 2, written out."""
-        latent, parts = network.represent(obs), []
-        for step in range(3):
-            if step:
-                latent = network.step(latent, action[:, step - 1])
-            value = -(two_hot(batch["value"][:, step], network.support) * network.value(latent).log_softmax(-1)).sum(-1)
-            policy = -(0.5 * network.policy(latent).log_softmax(-1)).sum(-1)
-            part = 0.25 * value + policy
-            if step:
-                target = two_hot(batch["reward"][:, step - 1], network.support)
-                part = part - (target * network.reward(latent).log_softmax(-1)).sum(-1)
-            parts.append(part.mean() * (0.5 if step else 1.0))  # 1 / K of two steps
+        latent, parts = muzero.represent(network, obs), []
+        for index in range(3):
+            if index:
+                latent = muzero.step(network, latent, action[:, index - 1])
+            reward, value, policy = (logits.log_softmax(-1) for logits in muzero.predict(network, latent))
+            part = -0.25 * (two_hot(batch["value"][:, index], 5) * value).sum(-1) - (0.5 * policy).sum(-1)
+            if index:
+                part = part - (two_hot(batch["reward"][:, index - 1], 5) * reward).sum(-1)
+            parts.append(part.mean() * (0.5 if index else 1.0))  # 1 / K of two steps
         return torch.stack(parts)
 
     assert loss.item() == pytest.approx(losses().sum().item())
-    bias = network.representation[2].bias.data
-    for index in range(3):
+    bias = network["latent_bias"].data
+    for entry in range(3):
         difference = []
         for change in (1e-6, -1e-6):
-            bias[index] += change
+            bias[entry] += change
             difference.append(losses())
-            bias[index] -= change
+            bias[entry] -= change
         by_step = (difference[0] - difference[1]) / 2e-6
-        assert gradient[index].item() == pytest.approx(
-            (by_step @ torch.tensor([1.0, 0.5, 0.25]).double()).item(), rel=1e-4, abs=1e-7
-        )
+        wanted = (by_step @ torch.tensor([1.0, 0.5, 0.25]).double()).item()
+        assert gradient[entry].item() == pytest.approx(wanted, rel=1e-4, abs=1e-7)
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
