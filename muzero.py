@@ -548,6 +548,48 @@ class Tree:
         self.prediction[rows] = self.value[rows] = value
         self.visits[rows] = 1
 
+    def walk(self, selected: Array) -> tuple[Array, list[tuple]]:
+        """Down all trees by the `selected` actions of their nodes, to an edge with no node behind it. Returns these
+        edges (B,) and the path: for each level the trees still walking (None: all), their rows and their edges."""
+        child, leaf = self.child.reshape(-1), np.empty(len(self.roots), np.int64)
+        walking, node, path = None, self.roots, []
+        while True:
+            edge = node * self.num_actions + selected.take(node)
+            path.append((walking, node, edge))
+            behind = child.take(edge)
+            inside = behind >= 0
+            if np.logical_and.reduce(inside):
+                node = behind
+                continue
+            ends = ~inside
+            leaf[ends if walking is None else walking[ends]] = edge[ends]
+            walking = inside.nonzero()[0] if walking is None else walking[inside]
+            if len(walking) == 0:
+                return leaf, path
+            node = behind[inside]
+
+    def back_up(self, path: list[tuple], leaf_value: Array, discount: float) -> Array:
+        """Takes the values of new leaves (B,) up their paths; returns the rows that it changed."""
+        nodes, edges = (np.concatenate(parts) for parts in list(zip(*path, strict=True))[1:])
+        child, q, reward, edge_visits = (
+            part.reshape(-1) for part in (self.child, self.q, self.reward, self.edge_visits)
+        )
+        rewards, back, stop = reward.take(edges), np.empty(len(edges), np.float32), len(edges)
+        returned = leaf_value.astype(np.float32)  # to the node of each tree on the level
+        for walking, node, _ in reversed(path):
+            level = slice(stop - len(node), stop)
+            stop -= len(node)
+            if walking is None:
+                back[level] = returned = rewards[level] + discount * returned
+            else:
+                back[level] = returned[walking] = rewards[level] + discount * returned.take(walking)
+        count = self.visits.take(nodes)
+        self.value[nodes] = (self.value.take(nodes) * count + back) / (count + 1)
+        self.visits[nodes] = count + 1
+        edge_visits[edges] += 1
+        q[edges] = rewards + discount * self.value.take(child.take(edges))
+        return nodes
+
 
 def search(
     recurrent: Recurrent,
@@ -563,55 +605,18 @@ def search(
     selects changes only when something comes back through it, so it is computed then, for all nodes of a path at once,
     and a step down is but a look into a table.
     """
-    num_actions, roots = tree.num_actions, tree.roots
-    child, q, reward, edge_visits = (array.reshape(-1) for array in (tree.child, tree.q, tree.reward, tree.edge_visits))
-    value, visits = tree.value, tree.visits
-    selected = np.zeros(len(value), np.int64)
-    selected[roots] = select(roots)
-    leaf = np.empty(len(roots), np.int64)  # the edge behind which a tree is expanded
+    selected = np.zeros(len(tree.value), np.int64)
+    selected[tree.roots] = select(tree.roots)
     for simulation in range(num_simulations):
         if select_root is not None:
-            selected[roots] = select_root()
-        # Down: `walking` are the trees that have not come to their leaf (None: all), `node` the rows where they are.
-        walking, node, path = None, roots, []
-        while True:
-            edge = node * num_actions + selected.take(node)
-            path.append((walking, node, edge))
-            behind = child.take(edge)
-            inside = behind >= 0
-            if np.logical_and.reduce(inside):
-                node = behind
-                continue
-            ends = ~inside
-            leaf[ends if walking is None else walking[ends]] = edge[ends]
-            walking = inside.nonzero()[0] if walking is None else walking[inside]
-            if len(walking) == 0:
-                break
-            node = behind[inside]
-
-        new = roots + simulation + 1
-        from_row, action = np.divmod(leaf, num_actions)
-        latent, leaf_reward, logits, leaf_value = recurrent(tree.latent.take(from_row, axis=0), action)
-        tree.add(new, latent, logits, leaf_value)
-        child[leaf], reward[leaf] = new, leaf_reward
-
-        # Back: `returned` is what has come back to each tree's node of the level.
-        nodes, edges = (np.concatenate(parts) for parts in list(zip(*path, strict=True))[1:])
-        rewards, back, stop = reward.take(edges), np.empty(len(edges), np.float32), len(edges)
-        returned = leaf_value.astype(np.float32)
-        for walking, node, _ in reversed(path):
-            level = slice(stop - len(node), stop)
-            stop -= len(node)
-            if walking is None:
-                back[level] = returned = rewards[level] + discount * returned
-            else:
-                back[level] = returned[walking] = rewards[level] + discount * returned.take(walking)
-        count = visits.take(nodes)
-        value[nodes] = (value.take(nodes) * count + back) / (count + 1)
-        visits[nodes] = count + 1
-        edge_visits[edges] += 1
-        q[edges] = rewards + discount * value.take(child.take(edges))
-        touched = np.concatenate([new, nodes])
+            selected[tree.roots] = select_root()
+        leaf, path = tree.walk(selected)
+        node, action = np.divmod(leaf, tree.num_actions)
+        latent, reward, logits, value = recurrent(tree.latent.take(node, axis=0), action)
+        new = tree.roots + simulation + 1
+        tree.add(new, latent, logits, value)
+        tree.child[node, action], tree.reward[node, action] = new, reward
+        touched = np.concatenate([new, tree.back_up(path, value, discount)])
         selected[touched] = select(touched)
 
 
