@@ -438,10 +438,10 @@ class Ensemble(nn.Module):
             std = data[name].std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
-        # They are rare, and to overlook one costs more than to expect one too many: half way to counting for as much
-        # as all other rows.
+        # They are rare, and to overlook one costs more than to expect one too many: they count for as much as all
+        # other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
-        self.terminal_weight.fill_(((1 - share) / share).sqrt().clamp(1, 100))
+        self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
     def standardise(self, name: str, values: Tensor) -> Tensor:
         mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
@@ -492,11 +492,14 @@ def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """What a gradient step lowers: the members' losses summed, the weight decay of the dynamics networks, and a pull on
-    the bounds of their variance."""
+    """What a gradient step lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
+
+    The decay of the termination networks is strong: from a handful of terminations they must find the boundary.
+    """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    weights = model.dynamics[::2]
-    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(weight_decay, weights, strict=True))
+    weights = [*model.dynamics[::2], *model.termination[::2]]
+    factors = [*weight_decay, *[0.01] * len(model.termination[::2])]
+    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
     bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
     return (nll + reward_error + cross_entropy).sum() + decay + bounds
 

@@ -103,9 +103,9 @@ def test_loss_is_the_sum_over_members_written_out():
         log_prob = torch.distributions.Bernoulli(logits=plain_logit(model, member, next_obs)).log_prob(
             row["terminated"]
         )
-        wanted -= (torch.where(row["terminated"] > 0, math.sqrt(48 / 2), 1.0) * log_prob).mean()
-        weights = model.dynamics[::2]
-        wanted += sum(f / 2 * (weight[member] ** 2).sum() for f, weight in zip(decay, weights, strict=True))
+        wanted -= (torch.where(row["terminated"] > 0, 48 / 2, 1.0) * log_prob).mean()
+        weights, factors = [*model.dynamics[::2], *model.termination[::2]], (*decay, 0.01, 0.01, 0.01)
+        wanted += sum(f / 2 * (weight[member] ** 2).sum() for f, weight in zip(factors, weights, strict=True))
     torch.testing.assert_close(ensemble_loss(model, batch, decay), wanted)
 
 
@@ -115,7 +115,7 @@ def test_what_is_constant_is_predicted_without_error_and_tells_nothing():
     data = {name: torch.randn(50, size, generator=generator(3)) for name, size in names.items()}
     data["obs"][:, 1], data["delta"][:, 1], data["terminated"][:] = 7.0, 0.25, 0.0
     model.set_scale(data)
-    assert model.terminal_weight == 100  # nothing has terminated yet: no row is weighed by it
+    assert model.terminal_weight == 1_000  # nothing has terminated yet: no row is weighed by it
     batch = batch_of(4)
     mean, std = model.predict(batch["obs"], batch["action"], model.select()[0])
     assert (mean[..., 1] == 0.25).all()
@@ -251,6 +251,33 @@ def test_training_stops_when_nothing_gets_better():
     data.delta[:] = torch.randn(data.delta.shape, generator=generator())
     _, logs = trained(data, patience=2, max_updates=100_000)
     assert logs["model/updates"] < 400
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda model, batch, _: cem_mpc.ensemble_losses(model, batch)[2].sum(),  # the reward gets better,
+        lambda model, batch, _: 1e-3 * cem_mpc.ensemble_losses(model, batch)[0].sum(),  # the dynamics by less than 1 %
+    ],
+)
+def test_patience_is_with_the_dynamics_and_ends_at_small_steps(loss):
+    data, args = linear_data(400), small_args(hidden=(32, 32), max_updates=10_000, patience=3)
+    model = Ensemble(OBS, ACTION, args, generator())
+    logs = fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), loss, data, args, generator(1))
+    assert logs["model/updates"] == (1 + 4) * 10  # 320 rows are 10 batches; the first epoch is better than none
+
+
+@pytest.mark.parametrize(("rows", "size"), [(30, 24), (500, 32), (2_000, 100), (6_000, 256)])
+def test_batches_grow_with_the_data(rows, size):
+    data, args, seen = linear_data(rows), small_args(hidden=(8, 8), max_updates=1, model_batch_size=256), []
+
+    def loss(model: Ensemble, batch: dict[str, Tensor], decay: tuple[float, ...]) -> Tensor:
+        seen.append(batch["obs"].shape[1])
+        return ensemble_loss(model, batch, decay)
+
+    model = Ensemble(OBS, ACTION, args, generator())
+    fit(model, torch.optim.Adam(model.parameters()), loss, data, args, generator(1))
+    assert max(seen) == size
 
 
 def test_bootstrap_gives_every_member_rows_of_its_own():
@@ -594,6 +621,20 @@ def test_value_learns_what_a_state_is_worth():
     wanted = (1 - 0.9 ** (20 - torch.arange(20.0))) / 0.1
     assert (value(torch.arange(20.0)[:, None]) - wanted).abs().max() < 0.5
     assert logs["losses/value_loss"] < 0.01
+
+
+def test_value_is_learned_from_scratch_each_time():
+    data, args = linear_data(60), small_args()
+    one, two = (cem_mpc.Value(OBS, generator(seed)) for seed in (0, 5))
+    two.fit(data, args, generator(3))
+    for value in (one, two):
+        value.window, value.rounds = 40, 1
+        value.return_mean.zero_()
+        value.return_std.fill_(1)
+        value.obs_mean.zero_()
+        value.obs_std.fill_(1)
+        value.fit(data, args, generator(1))
+    assert all(torch.equal(*pair) for pair in zip(one.layers, two.layers, strict=True))
 
 
 def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch):
