@@ -723,8 +723,8 @@ def imagined_step(
             logit[rows] = model.termination_logit(after, termination)[0]
     if reward_fn is not None:
         reward = reward_fn(obs, action, next_obs).reshape(-1, 1).float()
-    # The weight that terminations have in training is taken back: more probable than not.
-    terminated = logit > model.terminal_weight.log()
+    # Logit 0 is where terminations would be as probable as all else if they were as frequent: on the safe side.
+    terminated = logit > 0
     if termination_fn is not None:
         terminated = termination_fn(obs, action, next_obs).reshape(-1, 1).bool()
     return next_obs, reward, terminated
