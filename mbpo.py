@@ -36,8 +36,8 @@ needed; what the ensemble predicts is standardised.
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  In the making: Pendulum-v1 is swung up within 1,500 steps, 3 minutes on one of 2 CPU cores, but a policy can be
-         lost again.
+Expect:  In the making: Pendulum-v1 is swung up within 1,500 steps, 3 minutes on one of 2 CPU cores, but a policy may be
+         lost for a while again.
 """
 
 import argparse
