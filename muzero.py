@@ -899,7 +899,9 @@ class Agent:
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "rng": json.dumps(rng),
-            "parts": [[tuple(torch.tensor(np.asarray(x)) for x in step) for step in part] for part in self.parts],
+            "parts": [
+                [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
+            ],
             "counts": [self.steps, self.updates],
             "logs": self.logs,
         }
@@ -909,9 +911,10 @@ class Agent:
         for name in ("parameters", "optimizer", "replay"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.bit_generator.state = json.loads(state["rng"])
-        self.parts = [
-            [tuple(x.numpy() if x.ndim else x.item() for x in step) for step in part] for part in state["parts"]
+        columns = [
+            [column.numpy() if column.ndim > 1 else column.tolist() for column in part] for part in state["parts"]
         ]
+        self.parts = [list(zip(*part, strict=True)) for part in columns]
         (self.steps, self.updates), self.logs = state["counts"], state["logs"]
 
 
