@@ -37,7 +37,8 @@ Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
          python cem_mpc.py --help
 Expect:  Pendulum-v1 swung up after 1,000 steps: return -147 over 5 episodes (mean of 5 seeds: -99, -147, -153, -154,
-         -185; a random policy scores about -1,200), 4 to 5 minutes a seed on one of 2 busy CPU cores.
+         -185; a random policy scores about -1,200), 4 to 5 minutes a seed on one of 2 busy CPU cores. Reacher-v5 after
+         1,000 steps: -7.7 over 20 episodes (mean of 5 seeds: -6.6, -7.2, -7.6, -8.1, -8.9).
 """
 
 import argparse
