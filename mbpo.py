@@ -36,8 +36,8 @@ needed; what the ensemble predicts is standardised.
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  In the making: Pendulum-v1 is swung up within 1,500 steps, 3 minutes on one of 2 CPU cores, but a policy may be
-         lost for a while again.
+Expect:  In the making: one seed of Pendulum-v1 returned -101, -1562 and -98 after 1,000, 1,500 and 2,000 steps (-200 is
+         swung up): it learns, but not steadily.
 """
 
 import argparse

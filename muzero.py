@@ -32,7 +32,7 @@ of simulations. Both searches take the same steps as DeepMind's mctx.
 
 Run:     python muzero.py
          python muzero.py --help
-Expect:  In the making: CartPole-v1 is learned in 6,000 steps, half a minute on one of 2 CPU cores, but not steadily.
+Expect:  In the making: one seed of CartPole-v1 returned 168 after 6,000 steps, up and down before that.
 """
 
 import argparse
