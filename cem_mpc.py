@@ -180,7 +180,7 @@ class Args:
     bf16: bool = False
     """Imagine in bfloat16, which some CPUs (AVX512-BF16) and GPUs are faster at; the model is trained in float32."""
     terminal_value: bool = False
-    """Add the value of the last imagined state, learned from the latest real steps, to the return."""
+    """Add the value of the last imagined state, learned from the real steps, to the return."""
 
     def __post_init__(self):
         check_ranges(
@@ -221,7 +221,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 2_000, "horizon": 40},
+    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
@@ -582,12 +582,14 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 
 class Value(nn.Module):
-    """V(s), learned from the lambda-returns of the latest real steps (Sutton & Barto, section 12.1): the value of how
-    the agent acts now, not of how it began. It is learned from scratch each time: a network that has followed changing
-    targets for long judges states that it has not seen worse (Nikishin et al. 2022)."""
+    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1). Old steps, too: they show
+    the failures that the agent has learned to avoid, and a lambda of 0.8 looks but a few steps along what it did then.
 
-    window, trace = 2_000, 0.95  # steps, lambda
-    rounds, updates, batch_size = 5, 200, 256  # the targets are computed anew in each round
+    It is learned from scratch each time: a network that has followed changing targets for long judges states that it
+    has not seen worse (Nikishin et al. 2022)."""
+
+    trace, batch_size = 0.8, 256  # lambda
+    rounds, updates = 40, 50  # the targets are computed anew in each round
 
     def __init__(self, obs_size: int, generator: torch.Generator):
         super().__init__()
@@ -611,11 +613,10 @@ class Value(nn.Module):
         return mlp(x, list(self.layers)).view(obs.shape[:-1]) * self.return_std + self.return_mean
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
-        """Of the latest steps, (window,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
+        """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
         termination ends it; where an episode was truncated, and at the end of the data, the last term is V as well."""
-        obs, delta, reward, terminated, episode = (
-            data.column(name)[-self.window :] for name in ("obs", "delta", "reward", "terminated", "episode")
-        )
+        names = ("obs", "delta", "reward", "terminated", "episode")
+        obs, delta, reward, terminated, episode = map(data.column, names)
         next_value = self(obs + delta).tolist()
         goes_on = [*(episode[1:] == episode[:-1])[:, 0].tolist(), False]
         rewards, terminated = reward[:, 0].tolist(), terminated[:, 0].tolist()
@@ -628,10 +629,10 @@ class Value(nn.Module):
         return torch.tensor(returns, device=obs.device)
 
     def fit(self, data: "Buffer", args: Args, generator: torch.Generator) -> dict[str, float]:
-        """Learns the value of the latest steps."""
+        """Learns the value of all steps."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3)
-        obs = data.column("obs")[-self.window :]
+        obs = data.column("obs")
         for _ in range(self.rounds):
             with torch.no_grad():
                 returns, obs_std = self.lambda_returns(data, args.gamma), obs.std(0, correction=0)
@@ -1011,11 +1012,11 @@ class Agent:
             self.logs |= self.value.fit(self.data, args, self.generator)
         self.trained_on = size
 
-    def greedy_policy(self, seed: int) -> Callable[[Any], Any]:
-        """A policy (observation -> action) for one episode, which neither learns nor touches the agent."""
+    def greedy_policy(self, seed: int) -> Callable[..., Any]:
+        """A policy (observation, info -> action) for one episode, which neither learns nor touches the agent."""
         start, generator = None, torch.Generator(self.device).manual_seed(seed)
 
-        def policy(obs: Any) -> Any:
+        def policy(obs: Any, info: dict | None = None) -> Any:
             nonlocal start
             action, start = self.plan(obs, start, generator)
             return action
@@ -1111,14 +1112,7 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-        default = Args(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    default = saved_args(folder)
     args = tyro.cli(Args, default=default)
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
@@ -1126,6 +1120,18 @@ def parse_args() -> Args:
     if changed:
         raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
     return args
+
+
+def saved_args(folder: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        return Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
 class Run:
@@ -1234,7 +1240,7 @@ class Run:
             while not done and len(episode.actions) < limit:
                 if args.capture_video and index == 0:
                     frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
                 done = terminated or truncated
             if args.capture_video and index == 0:
                 frames.append(Image.fromarray(env.render()).quantize())

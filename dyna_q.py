@@ -500,10 +500,10 @@ class Agent:
         if self.args.n_planning and self.model.cells:
             self.planner.plan(self.args.n_planning)
 
-    def greedy_policy(self, seed: int) -> Callable[[Any], int]:
-        """A policy (observation -> action) that neither learns nor touches the agent; ties are broken with `seed`."""
+    def greedy_policy(self, seed: int) -> Callable[..., int]:
+        """A policy (observation, info -> action) that does not touch the agent; ties are broken with `seed`."""
         rng, values, unknown = np.random.default_rng(seed), self.values(), [0.0] * self.num_actions
-        return lambda obs: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
+        return lambda obs, info=None: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
 
     def values(self) -> dict[Hashable, list[float]]:
         """State -> value of every action, as the agent has learned them by now."""
@@ -605,14 +605,7 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-        default = Args(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    default = saved_args(folder)
     args = tyro.cli(Args, default=default)
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
@@ -620,6 +613,18 @@ def parse_args() -> Args:
     if changed:
         raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
     return args
+
+
+def saved_args(folder: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        return Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
 class Run:
@@ -728,7 +733,7 @@ class Run:
             while not done and len(episode.actions) < limit:
                 if args.capture_video and index == 0:
                     frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
                 done = terminated or truncated
             if args.capture_video and index == 0:
                 frames.append(Image.fromarray(env.render()).quantize())

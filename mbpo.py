@@ -799,7 +799,7 @@ class Actor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, obs_size) -> mean and log standard deviation (B, A) before the squashing."""
         for layer in self.layers:
-            obs = F.relu(layer(obs))
+            obs = F.relu_(layer(obs))  # in place: there is memory traffic to save
         mean, log_std = self.last(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
@@ -835,7 +835,7 @@ class Critic(nn.Module):
             if self.dropout:
                 kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
                 x = x * kept / (1 - self.dropout)
-            x = F.relu(norm(x))
+            x = F.relu_(norm(x))
         return self.last(x)
 
 
@@ -891,12 +891,12 @@ class Agent:
         self.log_alpha = torch.zeros((), device=self.device, requires_grad=True)
         self.target_entropy = -action_size / 2 if args.target_entropy is None else args.target_entropy
         groups = (self.actor.parameters(), self.critics.parameters(), [self.log_alpha])
-        self.optimizers = [torch.optim.Adam(group, lr=args.policy_lr) for group in groups]
+        self.optimizers = [torch.optim.Adam(group, lr=args.policy_lr, fused=True) for group in groups]
         self.data = Buffer(obs_size, action_size, self.device)
 
         self.has_model = args.real_ratio < 1
         self.model = Ensemble(*sizes)
-        self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
+        self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
         self.pool = Pool(obs_size, action_size, self.device)
         self.reward_fn, self.termination_fn = map(self.load_for_unit_actions, (args.reward_fn, args.termination_fn))
         self.loss_fn, self.critic_loss, self.actor_loss = ensemble_loss, critic_loss, actor_loss
@@ -1028,11 +1028,11 @@ class Agent:
                 target.lerp_(parameter, args.tau)
         self.losses = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy, "alpha": alpha}
 
-    def greedy_policy(self, seed: int) -> Callable[[Any], Any]:
-        """A policy (observation -> action) for one episode: the mean before the squashing."""
+    def greedy_policy(self, seed: int) -> Callable[..., Any]:
+        """A policy (observation, info -> action) for one episode: the mean before the squashing."""
 
         @torch.inference_mode()
-        def policy(obs: Any) -> Any:
+        def policy(obs: Any, info: dict | None = None) -> Any:
             return self.to_env(self.actor(self.tensor(obs))[0][0].tanh())
 
         return policy
@@ -1115,14 +1115,7 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-        default = Args(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    default = saved_args(folder)
     args = tyro.cli(Args, default=default)
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
@@ -1130,6 +1123,18 @@ def parse_args() -> Args:
     if changed:
         raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
     return args
+
+
+def saved_args(folder: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        return Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
 class Run:
@@ -1238,7 +1243,7 @@ class Run:
             while not done and len(episode.actions) < limit:
                 if args.capture_video and index == 0:
                     frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
                 done = terminated or truncated
             if args.capture_video and index == 0:
                 frames.append(Image.fromarray(env.render()).quantize())

@@ -39,6 +39,7 @@ import argparse
 import ast
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -52,10 +53,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -111,6 +112,13 @@ class Args:
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
+    play: str | None = None
+    """Run folder of a board game, to play against its agent in the terminal."""
+    eval_env_kwargs: tuple[str, ...] = ()
+    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`."""
+    atari: bool = False
+    """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
+
     num_envs: int = 8
     """Environments that are played side by side, so that each call of the network serves as many searches."""
     gamma: float = 0.997
@@ -140,6 +148,9 @@ class Args:
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10)."""
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
+    reanalyze_ratio: float = 1.0
+    """Old positions that are searched again, for each environment step: policies and values of the latest network take
+    the place of those of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.5
     """Exponent of the priorities |search value - value target|; 0: positions are drawn uniformly (MuZero: 1)."""
     learning_rate: float = 3e-3
@@ -152,10 +163,17 @@ class Args:
     """Longest gradient; a longer one is shortened to it."""
     value_weight: float = 0.25
     """Weight of the value loss (MuZero Reanalyze: 0.25)."""
+    consistency_weight: float = 0.0
+    """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
+    that came (Ye et al. 2021: 2)."""
+    network: Literal["auto", "mlp", "conv"] = "auto"
+    """Fully connected or convolutional; `auto`: convolutional for observations (height, width, channels)."""
     hidden_size: int = 128
     """Units of the hidden layer of each network."""
     latent_size: int = 64
-    """Numbers in a latent state."""
+    """Numbers in a latent state of a vector."""
+    channels: int = 32
+    """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
     support: int = 25
     """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25."""
 
@@ -181,20 +199,29 @@ class Args:
             unroll_steps=(0, 1000),
             td_steps=(1, 10**6),
             buffer_size=(1, 10**9),
+            reanalyze_ratio=(0, 1000),
             priority_exponent=(0, 10),
             learning_rate=(1e-9, 1),
             decay_steps=(1, math.inf),
             weight_decay=(0, 1),
             max_grad_norm=(1e-9, math.inf),
             value_weight=(0, 1000),
+            consistency_weight=(0, 1000),
             hidden_size=(1, 10**5),
             latent_size=(2, 10**5),
+            channels=(1, 10**4),
             support=(1, 10**4),
         )
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-PRESETS: dict[str, dict[str, Any]] = {}
+BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "priority_exponent": 0.0, "eval_episodes": 20, "support": 2}
+PRESETS: dict[str, dict[str, Any]] = {
+    "TicTacToe-v0": {"total_timesteps": 50_000, "td_steps": 9, "network": "mlp", "eval_every": 5_000}
+    | {"eval_env_kwargs": ("opponent=9",), "num_simulations": 25, **BOARD_GAME},
+    "KInARow-v0": {"total_timesteps": 500_000, "td_steps": 42, "eval_every": 20_000, "num_simulations": 50}
+    | {"eval_env_kwargs": ("opponent=4",), **BOARD_GAME},
+}
 
 
 def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
@@ -207,6 +234,15 @@ def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment
 # ---------------------------------------------------------------------------------------------------------------------
+def wrap(env: gym.Env, args: Args) -> gym.Env:
+    """The environment with what `--atari` puts around it."""
+    if not args.atari:
+        return env
+    env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+    space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    return gym.wrappers.TransformObservation(env, lambda obs: np.moveaxis(obs, 0, -1), space)
+
+
 def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     """`gym.make` with the options of `args.env_kwargs`; raises Failure where the environment cannot be made."""
 
@@ -219,8 +255,9 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if wrong := [option for option in args.env_kwargs if "=" not in option]:
         raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
     try:
-        kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
-        env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+        kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
+        kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
+        env = wrap(gym.make(args.env_id, render_mode=render_mode, **kwargs), args)
         if render_mode:  # where a package for drawing is missing, this says so now and not after the training
             env.reset(seed=0)
             env.render()
@@ -241,10 +278,13 @@ def check_observation(obs: Any, space: gym.Space) -> None:
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
-    box = isinstance(observation_space, gym.spaces.Box) and math.prod(observation_space.shape) <= 1_000
+    box = isinstance(observation_space, gym.spaces.Box) and (
+        len(observation_space.shape) == 3 or math.prod(observation_space.shape) <= 1_000
+    )
     if not box and not isinstance(observation_space, gym.spaces.Discrete):
         raise Failure(
-            f"observations must be Discrete or a Box of up to 1,000 numbers, not {observation_space}; see dreamer.py"
+            "observations must be Discrete, an image (height, width, channels) or a Box of up to 1,000 numbers, not "
+            f"{observation_space}"
         )
     if not isinstance(action_space, gym.spaces.Discrete):
         raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py and mbpo.py")
@@ -314,6 +354,131 @@ class Episode:
             self.step(action if isinstance(action, int) else np.array(action, self.env.action_space.dtype))
 
 
+class KInARow(gym.Env):
+    """Two players take turns to put a stone on a board; who first has `k` in a row, in any direction, has won.
+
+    Observation, float32 (rows, columns, 2): the stones of the player whose turn it is, and the other's. Action: a
+    field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it, for the
+    move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else raises ValueError.
+
+    With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of the
+    environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play), begins every
+    second episode on average, and to lose has reward -1.
+    """
+
+    metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
+
+    def __init__(
+        self,
+        rows: int = 3,
+        columns: int = 3,
+        k: int = 3,
+        gravity: bool = False,
+        opponent: int | None = None,
+        render_mode: str | None = None,
+    ):
+        self.rows, self.columns, self.gravity, self.opponent, self.render_mode = (
+            rows,
+            columns,
+            gravity,
+            opponent,
+            render_mode,
+        )
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (rows, columns, 2), np.float32)
+        self.action_space = gym.spaces.Discrete(columns if gravity else rows * columns)
+        # The stones of a player are the bits of a number, and a row of k is such a number too.
+        self.lines: list[list[int]] = [[] for _ in range(rows * columns)]
+        for row, column, (down, right) in itertools.product(
+            range(rows), range(columns), ((0, 1), (1, 0), (1, 1), (1, -1))
+        ):
+            fields = [(row + step * down, column + step * right) for step in range(k)]
+            if all(0 <= i < rows and 0 <= j < columns for i, j in fields):
+                for i, j in fields:
+                    self.lines[i * columns + j].append(sum(1 << (i * columns + j) for i, j in fields))
+        self.foresee = lru_cache(maxsize=2**18)(self.foresee)
+
+    def field(self, taken: int, action: int) -> int | None:
+        """Where the stone of an action comes to lie; None: it is not allowed."""
+        fields = range((self.rows - 1) * self.columns + action, -1, -self.columns) if self.gravity else [action]
+        return next((field for field in fields if not taken >> field & 1), None)
+
+    def moves(self, own: int, other: int) -> Iterator[tuple[int, int, bool]]:
+        """The actions that are allowed, the stones that the player then has, and whether that wins."""
+        for action in range(int(self.action_space.n)):
+            if (field := self.field(own | other, action)) is not None:
+                after = own | 1 << field
+                yield action, after, any(after & line == line for line in self.lines[field])
+
+    def foresee(self, own: int, other: int, plies: int) -> float:
+        """What the player to move gets at best within so many moves; 0 where that is open. Soon is better than late."""
+        if plies == 0:
+            return 0.0
+        values = (1.0 if won else -0.99 * self.foresee(other, own, plies - 1) for _, own, won in self.moves(own, other))
+        return max(values, default=0.0)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.own, self.other, self.turns = 0, 0, 0
+        if self.opponent is not None and self.np_random.random() < 0.5:
+            self.reply()
+        return self.observation()
+
+    def observation(self) -> tuple[np.ndarray, dict]:
+        planes = [
+            [stones >> field & 1 for field in range(self.rows * self.columns)] for stones in (self.own, self.other)
+        ]
+        mask = np.zeros(self.action_space.n, np.int8)
+        mask[[action for action, _, _ in self.moves(self.own, self.other)]] = 1
+        shape = (self.rows, self.columns)
+        return np.stack([np.reshape(plane, shape) for plane in planes], axis=-1).astype(np.float32), {
+            "action_mask": mask
+        }
+
+    def put(self, action: int) -> tuple[float, bool]:
+        """The move of the player whose turn it is, then it is the other's: reward and end."""
+        moves = {move: (after, won) for move, after, won in self.moves(self.own, self.other)}
+        if action not in moves:
+            raise ValueError(f"move {action} is not allowed")
+        after, won = moves[action]
+        self.own, self.other, self.turns = self.other, after, self.turns + 1
+        return float(won), won or self.turns == self.rows * self.columns
+
+    def reply(self) -> tuple[float, bool]:
+        """The opponent's move: one of the best that it foresees."""
+        values = {
+            action: 0.0 if not self.opponent else 1.0 if won else -self.foresee(self.other, after, self.opponent - 1)
+            for action, after, won in self.moves(self.own, self.other)
+        }
+        best = [action for action, value in values.items() if value == max(values.values())]
+        return self.put(best[self.np_random.integers(len(best))])
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, terminated = self.put(int(action))
+        if self.opponent is not None and not terminated:
+            lost, terminated = self.reply()
+            reward -= lost
+        obs, info = self.observation()
+        return obs, reward, terminated, False, info
+
+    def render(self) -> str | np.ndarray | None:
+        """The board, X for who began: text, or pixels (48 * rows, 48 * columns, 3)."""
+        first, second = (self.own, self.other) if self.turns % 2 == 0 else (self.other, self.own)
+        fields = np.arange(self.rows * self.columns).reshape(self.rows, self.columns)
+        kind = np.vectorize(lambda field: (first >> field & 1) + 2 * (second >> field & 1))(fields)
+        if self.render_mode == "ansi":
+            return "\n".join(" ".join(".XO"[i] for i in row) for row in kind)
+        if self.render_mode == "rgb_array":
+            palette = np.array([(240, 240, 240), (200, 60, 40), (60, 90, 200)], np.uint8)
+            pixels = palette[kind].repeat(48, axis=0).repeat(48, axis=1)
+            pixels[::48], pixels[:, ::48] = 90, 90
+            return pixels
+
+
+for _name, _kwargs in (("TicTacToe-v0", {}), ("KInARow-v0", {"rows": 6, "columns": 7, "k": 4, "gravity": True})):
+    if _name not in gym.registry:
+        gym.register(_name, entry_point=KInARow, kwargs=_kwargs)
+
+
 Array = np.ndarray
 # What a search asks of the model: (latent (B, L), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
 Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
@@ -362,19 +527,55 @@ def expectation(logits: Values) -> Values:
     return unscale(softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins))
 
 
-def make_parameters(obs_size: int, num_actions: int, args: Args, generator: torch.Generator) -> nn.ParameterDict:
-    """Weights (in, out) and biases (out,) of layers with PyTorch's initial values, drawn from our own generator."""
-    latent, hidden, bins = args.latent_size, args.hidden_size, 2 * args.support + 1
-    sizes = {"represent": (obs_size, hidden), "latent": (hidden, latent)}
-    sizes |= {"step": (latent + num_actions, hidden), "next_latent": (hidden, latent)}
-    sizes |= {"reward_hidden": (latent, hidden), "value_hidden": (latent, hidden), "policy_hidden": (latent, hidden)}
-    sizes |= {"reward": (hidden, bins), "value": (hidden, bins), "policy": (hidden, num_actions)}
+class Net(NamedTuple):
+    """The functions of a network, of which the parameters are the first argument."""
+
+    represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
+    step: Callable[..., Values]  # latents, actions (B,) -> the next latents
+    predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
+
+
+def make_network(
+    obs_shape: tuple[int, ...], num_actions: int, args: Args, generator: torch.Generator
+) -> tuple[Net, nn.ParameterDict]:
+    """A network for vectors (size,) or for images and boards (height, width, channels), with PyTorch's initial values
+    drawn from our own generator."""
+    hidden, bins, channels = args.hidden_size, 2 * args.support + 1, args.channels
+    shapes: dict[str, tuple[int, ...]] = {}
+    if len(obs_shape) == 1:
+        net, planes = Net(represent, step, predict), args.latent_size
+        shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
+        shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
+    else:
+        net, (height, width, planes) = Net(represent_image, step_image, predict_image), obs_shape
+        while min(height, width) > 12:
+            shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
+            height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
+        shapes |= {"represent": (channels, planes, 3, 3), "step": (channels, channels, 3, 3)}
+        shapes |= {
+            f"{name}_{part}": (channels, channels, 3, 3) for name in ("latent", "next_latent") for part in (1, 2)
+        }
+        shapes |= {f"{name}_planes": (4, channels, 1, 1) for name in HEADS}
+        planes = 4 * height * width
+    shapes |= {f"{name}_hidden": (planes, hidden) for name in HEADS}
+    shapes |= dict(zip(HEADS, ((hidden, bins), (hidden, bins), (hidden, num_actions)), strict=True))
+    if args.consistency_weight:
+        size = planes if len(obs_shape) == 1 else channels * height * width
+        shapes |= {"project": (size, hidden), "projection": (hidden, hidden)}
+        shapes |= {"foretell": (hidden, hidden), "foretold": (hidden, hidden)}
     parameters = nn.ParameterDict()
-    for name, (fan_in, fan_out) in sizes.items():
-        for kind, shape in (("weight", (fan_in, fan_out)), ("bias", (fan_out,))):
-            tensor, bound = torch.empty(shape, device=generator.device), 1 / math.sqrt(fan_in)
+    for name, shape in shapes.items():
+        fan_in, fan_out = (shape[0], shape[1]) if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
+        for kind, size in (("weight", shape), ("bias", (fan_out,))):
+            tensor, bound = torch.empty(size, device=generator.device), 1 / math.sqrt(fan_in)
             parameters[f"{name}_{kind}"] = nn.init.uniform_(tensor, -bound, bound, generator=generator)
-    return parameters
+    if len(obs_shape) == 3:  # what an action adds, at every place
+        parameters["step_action"] = torch.zeros(num_actions, channels, height, width, device=generator.device)
+        nn.init.uniform_(parameters["step_action"], -1, 1, generator=generator)
+    return net, parameters
+
+
+HEADS = ("reward", "value", "policy")
 
 
 def dense(parameters: Parameters, name: str, x: Values) -> Values:
@@ -386,8 +587,9 @@ def relu(x: Values) -> Values:
 
 
 def bounded(latent: Values) -> Values:
-    """Each latent state (..., L) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
-    low, high = (reduce(latent, -1, keepdims=True) for reduce in (library(latent).amin, library(latent).amax))
+    """Each latent state (B, ...) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
+    axes, functions = tuple(range(1, latent.ndim)), (library(latent).amin, library(latent).amax)
+    low, high = (reduce(latent, axes, keepdims=True) for reduce in functions)
     return (latent - low) / library(latent).clip(high - low, 1e-5, None)
 
 
@@ -405,27 +607,72 @@ def step(parameters: Parameters, latent: Values, action: Values) -> Values:
 
 
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
-    """latent (..., L) -> logits of the reward that led to it and of its value (..., 2 * support + 1), and of the policy
-    (..., A)."""
-    heads = ("reward", "value", "policy")
-    return [dense(parameters, name, relu(dense(parameters, f"{name}_hidden", latent))) for name in heads]
+    """latent (B, L) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
+    (B, A)."""
+    return [dense(parameters, name, relu(dense(parameters, f"{name}_hidden", latent))) for name in HEADS]
+
+
+def convolve(parameters: Parameters, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    """Same size, or half of it."""
+    return F.conv2d(x, parameters[f"{name}_weight"], parameters[f"{name}_bias"], stride, padding=1)
+
+
+def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
+    """A block of two convolutions (He et al. 2016), without batch normalisation."""
+    return F.relu(x + convolve(parameters, f"{name}_2", F.relu(convolve(parameters, f"{name}_1", x))))
+
+
+def represent_image(parameters: Parameters, obs: Tensor) -> Tensor:
+    """obs (B, height, width, planes) -> latent (B, channels, h, w), h and w not above 12."""
+    x = obs.permute(0, 3, 1, 2)
+    for index in itertools.takewhile(lambda index: f"halve_{index}_weight" in parameters, itertools.count()):
+        x = F.relu(convolve(parameters, f"halve_{index}", x, stride=2))
+    return bounded(residual(parameters, "latent", F.relu(convolve(parameters, "represent", x))))
+
+
+def step_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Tensor:
+    """latent (B, channels, h, w), action (B,) -> the next latent."""
+    hidden = F.relu(convolve(parameters, "step", latent) + parameters["step_action"][action])
+    return bounded(residual(parameters, "next_latent", hidden))
+
+
+def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
+    """As `predict`, each head from four planes of its own."""
+    found = []
+    for name in HEADS:
+        planes = F.relu(F.conv2d(latent, parameters[f"{name}_planes_weight"], parameters[f"{name}_planes_bias"]))
+        found.append(dense(parameters, name, F.relu(dense(parameters, f"{name}_hidden", planes.flatten(1)))))
+    return found
+
+
+def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
+    """(N, ...), (N, ...) -> (N,): minus the cosine between what is foretold of one latent state's projection and that
+    of the other, which gets no gradient (EfficientZero, section 4.1; the network of Chen & He 2021, SimSiam)."""
+
+    def project(latent: Tensor) -> Tensor:
+        return dense(parameters, "projection", relu(dense(parameters, "project", latent.flatten(1))))
+
+    foretold = dense(parameters, "foretold", relu(dense(parameters, "foretell", project(imagined))))
+    return -F.cosine_similarity(foretold, project(real).detach(), dim=1)
 
 
 def unrolled_loss(
-    parameters: Parameters, batch: dict[str, Tensor], value_weight: float
+    net: Net, parameters: Parameters, batch: dict[str, Tensor], value_weight: float, consistency_weight: float = 0.0
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """MuZero, equation 1, without the weight decay. `batch`: obs (B, obs_size); action and reward (B, K); value and
-    policy (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode
-    on; weight (B,). Returns the loss, the first value predictions (B,), and what to log.
+    """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
+    (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode on;
+    weight (B,); with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss,
+    the first value predictions (B,), and the losses of each step, (K + 1,).
 
     Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
     """
-    steps = batch["action"].shape[1]
-    latents = [represent(parameters, batch["obs"])]
+    count, steps = batch["action"].shape
+    latents = [net.represent(parameters, batch["obs"])]
     for index in range(steps):
         latent = latents[-1]
-        latents.append(step(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
-    reward_logits, value_logits, policy_logits = predict(parameters, torch.stack(latents, dim=1))  # (B, K + 1, ...)
+        latents.append(net.step(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
+    logits = net.predict(parameters, torch.stack(latents, dim=1).flatten(0, 1))
+    reward_logits, value_logits, policy_logits = (part.view(count, steps + 1, -1) for part in logits)
     share = torch.full((1, steps + 1), 1 / max(steps, 1), device=value_logits.device)
     share[:, 0] = 1.0
 
@@ -437,36 +684,32 @@ def unrolled_loss(
     policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
     reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support)) * batch["known"][:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": value.mean(), "policy_loss": policy.mean(), "reward_loss": reward.mean()}
+    logs = {"value_loss": value.mean(0), "policy_loss": policy.mean(0), "reward_loss": reward.mean(0)}
+    if consistency_weight:
+        imagined, real = torch.stack(latents[1:], dim=1), batch["next_obs"]
+        real = net.represent(parameters, real.flatten(0, 1))
+        distance = inconsistency(parameters, imagined.flatten(0, 1), real).view(count, steps) * batch["acting"][:, :-1]
+        total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
+        logs["consistency_loss"] = distance.mean(0)
     return (batch["weight"] * total).mean(), expectation(value_logits[:, 0]).detach(), logs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffer
 # ---------------------------------------------------------------------------------------------------------------------
-def n_step_targets(rewards: Array, values: Array, n: int, gamma: float) -> Array:
-    """Of T steps with rewards (T,) and values (T + 1,): z_t = sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n};
-    where fewer than n steps are left, v is the last one: 0 after a termination, a prediction after a truncation."""
-    targets = np.array(values, np.float64)
-    for t in range(len(rewards)):
-        end = min(t + n, len(rewards))
-        discounts = gamma ** np.arange(end - t)
-        targets[t] = discounts @ rewards[t:end] + gamma ** (end - t) * values[end]
-    return targets
-
-
 class Replay:
     """Positions of the latest episodes in a ring. An episode, or a part of one, is T rows for its steps and one for the
     state after them; as old rows are overwritten from its beginning, what follows a row is always there."""
 
-    def __init__(self, obs_size: int, num_actions: int, capacity: int):
+    def __init__(self, obs_shape: tuple[int, ...], obs_dtype: Any, num_actions: int, capacity: int):
         self.added = 0
         self.columns = {
-            "obs": np.zeros((capacity, obs_size), np.float32),
+            "obs": np.zeros((capacity, *obs_shape), obs_dtype),
             "action": np.zeros(capacity, np.int64),
             "reward": np.zeros(capacity, np.float32),
-            "policy": np.zeros((capacity, num_actions), np.float32),
-            "value": np.zeros(capacity, np.float32),
+            "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
+            "value": np.zeros(capacity, np.float32),  # its value of the root; 0 for the state after a termination
+            "legal": np.zeros((capacity, num_actions), bool),
             "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode
             "terminated": np.zeros(capacity, bool),  # that is how the episode ended
             "priority": np.zeros(capacity),  # 0 for last rows, which are no positions to start from
@@ -480,7 +723,20 @@ class Replay:
             self.columns[name][rows] = values
         self.added += count
 
-    def sample(self, count: int, steps: int, generator: np.random.Generator) -> tuple[Array, dict[str, Array]]:
+    def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
+        """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
+        are left, v is the last one: 0 after a termination, the value of the last state after a truncation."""
+        columns, capacity = self.columns, len(self.columns["obs"])
+        ahead = np.minimum(columns["left"][rows], n)  # (R,)
+        steps = np.arange(n)[None]
+        rewards = columns["reward"][(rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity]
+        discounts = np.cumprod(np.full(n + 1, gamma)) / gamma if gamma else np.eye(1, n + 1)[0]
+        rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
+        return rewards + discounts[ahead] * columns["value"][(rows + ahead) % capacity]
+
+    def sample(
+        self, count: int, steps: int, n: int, gamma: float, generator: np.random.Generator, next_obs: bool = False
+    ) -> tuple[Array, dict[str, Array]]:
         """Rows drawn by priority, and what `unrolled_loss` wants of them."""
         columns, capacity = self.columns, len(self.columns["obs"])
         cumulated = columns["priority"].cumsum()
@@ -500,13 +756,21 @@ class Replay:
             "obs": columns["obs"][rows],
             "action": action[:, :-1],
             "reward": np.where(acting, columns["reward"][index], 0)[:, :-1],
-            "value": columns["value"][index],
+            "value": self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape).astype(np.float32),
             "policy": columns["policy"][index],
             "known": known.astype(np.float32),
             "acting": acting.astype(np.float32),
             "weight": (weight / weight.max()).astype(np.float32),
         }
+        if next_obs:
+            batch["next_obs"] = columns["obs"][index[:, 1:]]
         return rows, batch
+
+    def searchable(self, count: int, generator: np.random.Generator) -> Array:
+        """Rows drawn uniformly among those that a search can say something about: all but states after an end."""
+        used = min(self.added, len(self.columns["obs"]))
+        rows = generator.integers(used, size=count)
+        return rows[(self.columns["left"][rows] > 0) | ~self.columns["terminated"][rows]]
 
     def state_dict(self) -> dict:
         used = min(self.added, len(self.columns["obs"]))
@@ -541,6 +805,7 @@ class Tree:
         self.edge_visits = np.zeros((rows, self.num_actions), np.int64)
         self.reward, self.q = (np.zeros((rows, self.num_actions), np.float32) for _ in range(2))
         self.child = np.full((rows, self.num_actions), -1)  # the row of the node behind, -1: none
+        self.depth = np.zeros(rows, np.int64)  # of a node below its root
         self.add(self.roots, latent, np.where(legal, logits, -np.inf), value)
 
     def add(self, rows: Array, latent: Array, logits: Array, value: Array) -> None:
@@ -617,6 +882,7 @@ def search(
         new = tree.roots + simulation + 1
         tree.add(new, latent, logits, value)
         tree.child[node, action], tree.reward[node, action] = new, reward
+        tree.depth[new] = tree.depth.take(node) + 1
         touched = np.concatenate([new, tree.back_up(path, value, discount)])
         selected[touched] = select(touched)
 
@@ -730,59 +996,66 @@ class Agent:
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check_spaces(observation_space, action_space)
-        self.args, self.device = args, find_device(args.device)
-        self.num_states = int(observation_space.n) if isinstance(observation_space, gym.spaces.Discrete) else 0
-        self.first_state = int(observation_space.start) if self.num_states else 0
+        self.args, self.device, self.space = args, find_device(args.device), observation_space
         self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
-        obs_size = self.num_states or math.prod(observation_space.shape)
+        shape, dtype = observation_space.shape, np.float32
+        if isinstance(observation_space, gym.spaces.Discrete):
+            shape = (int(observation_space.n),)
+        elif observation_space.dtype == np.uint8:
+            dtype = np.uint8
+        convolutional = len(shape) == 3 if args.network == "auto" else args.network == "conv"
+        if convolutional and len(shape) != 3:
+            raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
+        self.obs_shape = shape if convolutional else (math.prod(shape),)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
-        self.parameters = make_parameters(obs_size, self.num_actions, args, generator)
-        # What the search sees: on a CPU, arrays in the same memory.
-        on_cpu = self.device.type == "cpu"
-        self.view = {name: p.detach().numpy() if on_cpu else p.detach() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.Adam(
-            self.parameters.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay
-        )
+        self.net, self.parameters = make_network(self.obs_shape, self.num_actions, args, generator)
+        # What the search sees: of a network for vectors on a CPU, arrays in the same memory.
+        self.arrays = self.device.type == "cpu" and len(self.obs_shape) == 1
+        self.view = {name: p.detach().numpy() if self.arrays else p.detach() for name, p in self.parameters.items()}
+        parameters = list(self.parameters.parameters())
+        self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
-        self.replay = Replay(obs_size, self.num_actions, args.buffer_size)
+        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.buffer_size)
         # Of each environment: what the search found for the present state, and the steps of the episode so far.
-        self.found: list[tuple[Array, float]] = []
+        self.found: list[tuple[Array, float, Array]] = []
         self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
-        self.steps, self.updates, self.logs, self.losses = 0, 0, {}, {}
+        self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
 
-    def vector(self, obs: Any) -> Array:
-        """An observation as (obs_size,)."""
-        if self.num_states:
-            return np.eye(self.num_states, dtype=np.float32)[int(obs) - self.first_state]
-        return np.asarray(obs, np.float32).reshape(-1)
+    def row(self, obs: Any) -> Array:
+        """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
+        if isinstance(self.space, gym.spaces.Discrete):
+            return np.eye(int(self.space.n), dtype=np.float32)[int(obs) - int(self.space.start)]
+        return np.asarray(obs, self.replay.columns["obs"].dtype).reshape(self.obs_shape)
+
+    def unit(self, rows: Array) -> Array:
+        """Observations as the network wants them: bytes are scaled to [0, 1]."""
+        return rows.astype(np.float32) / 255 if rows.dtype == np.uint8 else rows
 
     def infer(self, function: Callable[..., Values], *arrays: Array) -> Array:
         """Calls a function of the network with arrays, wherever it is."""
-        if self.device.type == "cpu":
+        if self.arrays:
             return function(self.view, *arrays)
         with torch.inference_mode():
             found = function(self.view, *(torch.from_numpy(array).to(self.device) for array in arrays))
             return [part.cpu().numpy() for part in found] if isinstance(found, list) else found.cpu().numpy()
 
     def evaluate(self, latent: Array) -> tuple[Array, Array, Array]:
-        """latent (B, L) -> rewards (B,), policy logits (B, A), values (B,)."""
-        reward, value, policy = self.infer(predict, latent)
+        """latent (B, ...) -> rewards (B,), policy logits (B, A), values (B,)."""
+        reward, value, policy = self.infer(self.net.predict, latent)
         reward, value = expectation(np.stack([reward, value]))
         return reward, policy, value
 
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
         """What the search asks of the model."""
-        latent = self.infer(step, latent, action)
+        latent = self.infer(self.net.step, latent, action)
         return latent, *self.evaluate(latent)
 
-    def plan(
-        self, observations: list[Any], legal: Array, rng: np.random.Generator | None
-    ) -> tuple[Array, Array, Array]:
-        """Searches from B observations; `rng`: the noise of self-play, None for none. Returns the policies found
-        (B, A), actions (B,) and root values (B,)."""
+    def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Tree]:
+        """Searches from B rows of observations; `rng`: the noise of self-play, None for none. Returns the policies
+        found (B, A), actions (B,) and the trees."""
         args = self.args
-        latent = self.infer(represent, np.stack([self.vector(obs) for obs in observations]))
+        latent = self.infer(self.net.represent, self.unit(rows))
         tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
@@ -799,18 +1072,28 @@ class Agent:
                 weights = policy ** (1 / args.temperature)
                 cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
                 action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
-        return policy, action, tree.value[tree.roots]
+        return policy, action, tree
 
-    def legal(self, infos: list[dict | None]) -> Array:
-        """(B, A): what `info["action_mask"]` allows, everything where there is none."""
-        masks = [(info or {}).get("action_mask") for info in infos]
-        return np.array([np.ones(self.num_actions, bool) if mask is None else np.asarray(mask, bool) for mask in masks])
+    def legal(self, info: dict | None) -> Array:
+        """(A,): what `info["action_mask"]` allows, everything where there is none."""
+        mask = (info or {}).get("action_mask")
+        return np.ones(self.num_actions, bool) if mask is None else np.asarray(mask, bool)
 
     def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
         """Actions for all environments, drawn as self-play does."""
-        policy, action, value = self.plan(observations, self.legal(infos), self.rng)
-        self.found = list(zip(policy, value.tolist(), strict=True))
+        legal = np.stack([self.legal(info) for info in infos])
+        policy, action, tree = self.plan(np.stack([self.row(obs) for obs in observations]), legal, self.rng)
+        self.found = list(zip(policy, tree.value[tree.roots].tolist(), legal, strict=True))
+        self.look_inside(policy, tree)
         return (action + self.first_action).tolist()
+
+    def look_inside(self, policy: Array, tree: Tree) -> None:
+        """Statistics of searches, for the logs."""
+        prior, (depth, width) = softmax(tree.logits[tree.roots]), (tree.depth, len(tree.value) // len(tree.roots))
+        for name, probability in (("before", prior), ("after", policy)):
+            entropy = -(probability * np.log(np.maximum(probability, 1e-12))).sum(1)
+            self.logs[f"planner/root_entropy_{name}"] = float(entropy.mean())
+        self.logs["planner/depth"] = float(depth.reshape(-1, width).max(1).mean())
 
     def act(self, obs: Any, info: dict | None = None) -> int:
         """An action for the one environment there is."""
@@ -828,43 +1111,52 @@ class Agent:
     ) -> None:
         """Stores one step of an environment; its episode goes to the replay when it ends, or in parts of 200 steps."""
         part = self.parts[env]
-        policy, value = self.found[env]
-        part.append((self.vector(obs), action - self.first_action, reward, policy, value))
+        part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
         if terminated or truncated or len(part) >= min(200, self.args.buffer_size - 1):
-            self.store(part, self.vector(next_obs), terminated)
+            self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
 
-    def store(self, part: list[tuple], last_obs: Array, terminated: bool) -> None:
-        """Puts the steps of an episode into the replay with their value targets."""
+    def store(self, part: list[tuple], last: Array, terminated: bool) -> None:
+        """Puts the steps of an episode into the replay."""
         args, length = self.args, len(part)
-        obs, action, reward, policy, value = (np.array(column) for column in zip(*part, strict=True))
+        obs, action, reward, policy, value, legal = (np.array(column) for column in zip(*part, strict=True))
         last_value = 0.0
         if not terminated:
-            last_value = float(self.evaluate(self.infer(represent, last_obs[None]))[2][0])
-        target = n_step_targets(reward, np.append(value, last_value), args.td_steps, args.gamma)
-        priority = (np.abs(target[:-1] - value) + 1e-3) ** args.priority_exponent
+            last_value = self.evaluate(self.infer(self.net.represent, self.unit(last[None])))[2][0]
         columns = {
-            "obs": np.concatenate([obs, last_obs[None]]),
+            "obs": np.concatenate([obs, last[None]]),
             "action": np.append(action, 0),
             "reward": np.append(reward, 0),
             "policy": np.concatenate([policy, np.full_like(policy[:1], 1 / self.num_actions)]),
-            "value": target,
+            "value": np.append(value, last_value),
+            "legal": np.concatenate([legal, np.ones_like(legal[:1])]),
             "left": np.arange(length, -1, -1),
             "terminated": np.full(length + 1, terminated),
-            "priority": np.append(priority, 0),
+            "priority": np.zeros(length + 1),
         }
+        capacity = len(self.replay.columns["obs"])
+        rows = (self.replay.added + np.arange(length)) % capacity
         self.replay.add(columns)
+        error = np.abs(self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
+        self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
+        if terminated:  # what came in the end is known: how well did the search foresee it?
+            came = self.replay.n_step_returns(rows, length, args.gamma)
+            self.logs["planner/value_error"] = float(np.abs(came - value).mean())
 
     def update(self) -> None:
-        """Makes the updates that the steps so far allow."""
-        args = self.args
-        if self.steps < args.learning_starts or self.replay.added == 0:
+        """Searches old positions again and makes updates, as many as the steps so far allow."""
+        args, steps = self.args, self.steps - self.args.learning_starts
+        if steps < 0 or self.replay.added == 0:
             return
-        while self.updates < (self.steps - args.learning_starts) * args.updates_per_step:
-            rows, batch = self.replay.sample(args.batch_size, args.unroll_steps, self.rng)
+        while self.searched_again + 64 <= steps * args.reanalyze_ratio:
+            self.reanalyze(64)
+        while self.updates < steps * args.updates_per_step:
+            sizes, consistency = (args.batch_size, args.unroll_steps, args.td_steps), args.consistency_weight
+            rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, consistency > 0)
+            batch |= {name: self.unit(batch[name]) for name in ("obs", "next_obs") if name in batch}
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
-            loss, value, logs = self.loss_fn(self.parameters, tensors, args.value_weight)
+            loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, args.value_weight, consistency)
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** (self.steps / args.decay_steps)
             self.optimizer.zero_grad()
             loss.backward()
@@ -873,22 +1165,48 @@ class Agent:
             error = np.abs(value.cpu().numpy() - batch["value"][:, 0])
             self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
             self.updates += 1
-            self.losses = logs | {"loss": loss}
 
-    def greedy_policy(self, seed: int) -> Callable[[Any], Any]:
-        """A policy (observation -> action) for one episode: a search without noise."""
+    def reanalyze(self, count: int) -> None:
+        """Replaces policies and values of old positions by those that a search finds now."""
+        columns, rows = self.replay.columns, self.replay.searchable(count, self.rng)
+        self.searched_again += count
+        if len(rows):
+            policy, _, tree = self.plan(columns["obs"][rows], columns["legal"][rows], None)
+            columns["policy"][rows], columns["value"][rows] = policy, tree.value[tree.roots]
 
-        def policy(obs: Any) -> int:
-            action = self.plan([obs], np.ones((1, self.num_actions), bool), None)[1]
+    def greedy_policy(self, seed: int) -> Callable[..., Any]:
+        """A policy (observation, info -> action) for one episode: a search without noise."""
+
+        def policy(obs: Any, info: dict | None = None) -> int:
+            action = self.plan(self.row(obs)[None], self.legal(info)[None], None)[1]
             return int(action[0]) + self.first_action
 
         return policy
 
     def metrics(self) -> dict[str, float]:
         """What to log, by TensorBoard tag."""
-        if self.losses:
-            self.logs |= {f"losses/{name}": value.item() for name, value in self.losses.items()}
+        for name, values in self.losses.items():  # of each unroll step
+            first = int(name in ("reward_loss", "consistency_loss"))
+            self.logs |= {f"losses/{name}_{index}": value for index, value in enumerate(values.tolist(), first)}
         return self.logs
+
+    def tree_text(self, obs: Any, info: dict | None, levels: int = 3) -> str:
+        """What a search without noise finds: for each action visits, prior, Q and the reward foreseen, and behind it
+        the same for the actions of the state that it leads to."""
+        _, action, tree = self.plan(self.row(obs)[None], self.legal(info)[None], None)
+        lines = [f"search of {self.args.num_simulations} simulations: value {tree.value[0]:.3g}, action {action[0]}"]
+
+        def describe(node: int, level: int) -> None:
+            for edge in np.argsort(-tree.edge_visits[node], kind="stable"):
+                if visits := tree.edge_visits[node, edge]:
+                    values = f"Q {tree.q[node, edge]:.3g}, reward {tree.reward[node, edge]:.3g}"
+                    lines.append(f"{'    ' * level}{edge + self.first_action}: {visits} visits, {values}, prior ")
+                    lines[-1] += f"{tree.prior[node, edge]:.2f}"
+                    if level < levels:
+                        describe(tree.child[node, edge], level + 1)
+
+        describe(0, 1)
+        return "\n".join(lines)
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
@@ -902,7 +1220,7 @@ class Agent:
             "parts": [
                 [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
             ],
-            "counts": [self.steps, self.updates],
+            "counts": [self.steps, self.updates, self.searched_again],
             "logs": self.logs,
         }
 
@@ -915,7 +1233,7 @@ class Agent:
             [column.numpy() if column.ndim > 1 else column.tolist() for column in part] for part in state["parts"]
         ]
         self.parts = [list(zip(*part, strict=True)) for part in columns]
-        (self.steps, self.updates), self.logs = state["counts"], state["logs"]
+        (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:
@@ -963,14 +1281,7 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-        default = Args(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+    default = saved_args(folder)
     args = tyro.cli(Args, default=default)
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
@@ -978,6 +1289,18 @@ def parse_args() -> Args:
     if changed:
         raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
     return args
+
+
+def saved_args(folder: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        return Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
 class Run:
@@ -1086,7 +1409,7 @@ class Run:
             while not done and len(episode.actions) < limit:
                 if args.capture_video and index == 0:
                     frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs))
+                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
                 done = terminated or truncated
             if args.capture_video and index == 0:
                 frames.append(Image.fromarray(env.render()).quantize())
@@ -1170,13 +1493,53 @@ def provenance() -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
+def play(folder: str) -> dict:
+    """Games in the terminal against the agent of a run, who searches as it does in evaluations."""
+    args = saved_args(folder)
+    env = make_env(args, "ansi")
+    if not isinstance(env.unwrapped, KInARow):
+        raise Failure(f"--play is for the board games of this script, not for {args.env_id}")
+    agent = Agent(env.observation_space, env.action_space, args)
+    try:
+        agent.load_state_dict(read_checkpoint(Path(folder) / CHECKPOINT)["agent"])
+    except Exception as error:
+        raise Failure(f"cannot read the agent of {folder}: {type(error).__name__}: {error}") from error
+    policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
+    for game in itertools.count():
+        (obs, info), done = env.reset(), False
+        print(f"You are {'XO'[game % 2]}; moves are counted from 0 at the top left. Enter alone ends the game.")
+        while not done:
+            print(f"{env.render()}\n")
+            yours = env.unwrapped.turns % 2 == game % 2
+            if not yours:
+                action = policy(obs, info)
+                print(f"My move: {action}")
+            while yours:
+                text = sys.stdin.readline().strip()
+                if not text:
+                    return results
+                if text.isdigit() and int(text) < len(info["action_mask"]) and info["action_mask"][int(text)]:
+                    action = int(text)
+                    break
+                print(f"Allowed are {', '.join(map(str, info['action_mask'].nonzero()[0]))}.")
+            obs, reward, done, _, info = env.step(action)
+        result = "drawn" if not reward else "won" if yours else "lost"
+        results[result] += 1
+        print(f"{env.render()}\n\nYou have {result}.\n" if reward else f"{env.render()}\n\nA draw.\n")
+
+
 def train(args: Args) -> dict:
     """MuZero: self-play and training in turns; returns what is in result.json."""
     torch.set_num_threads(args.threads)
+    if args.play:
+        return play(args.play)
     envs = [make_env(args) for _ in range(args.num_envs)]
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
     run = Run(args, agent, episodes)
+    if args.eval_env_kwargs:
+        both = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
+        run.eval_env = make_env(both, "rgb_array" if args.capture_video else None)
     for step in run.steps(args.num_envs):
         observations = [episode.obs for episode in episodes]
         actions = agent.act_many(observations, [episode.info for episode in episodes])
@@ -1187,6 +1550,9 @@ def train(args: Args) -> dict:
                 run.log_episode(step, episode)
                 episode.reset()
         agent.update()
+    if args.evaluate:
+        first = Episode(run.eval_env, args.seed, 2, 0)
+        print(agent.tree_text(first.obs, first.info))
     return run.finish()
 
 

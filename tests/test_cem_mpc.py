@@ -628,7 +628,7 @@ def test_value_is_learned_from_scratch_each_time():
     one, two = (cem_mpc.Value(OBS, generator(seed)) for seed in (0, 5))
     two.fit(data, args, generator(3))
     for value in (one, two):
-        value.window, value.rounds = 40, 1
+        value.rounds = 1
         value.return_mean.zero_()
         value.return_std.fill_(1)
         value.obs_mean.zero_()

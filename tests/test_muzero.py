@@ -16,7 +16,6 @@ from muzero import (
     Tree,
     gumbel_search,
     muzero_search,
-    n_step_targets,
     scale,
     two_hot,
     unrolled_loss,
@@ -217,15 +216,36 @@ def test_two_hot_is_a_distribution_with_the_right_mean(x):
     assert mean.item() == pytest.approx(min(max(scale(torch.tensor(x, dtype=torch.float64)).item(), -25), 25), abs=1e-5)
 
 
-def test_targets_by_hand():
-    rewards, values = np.array([1.0, 2.0, 4.0]), np.array([10.0, 20.0, 30.0, 40.0])
+def returns_of(rewards: list[float], values: list[float], terminated: bool, n: int, gamma: float) -> list[float]:
+    """The n-step returns of one episode in a replay, where it does not begin at the first row."""
+    length, columns = len(rewards), episode_rows(len(rewards), 0.0, terminated)
+    columns |= {"reward": np.array([*rewards, 0.0]), "value": np.array(values)}
+    replay = Replay((1,), np.float32, 2, length + 4)
+    replay.add(episode_rows(3, 7.0, True))
+    replay.add(columns)
+    rows = (4 + np.arange(length + 1)) % (length + 4)
+    return replay.n_step_returns(rows, n, gamma).tolist()
+
+
+def test_returns_by_hand():
+    rewards, values = [1.0, 2.0, 4.0], [10.0, 20.0, 30.0, 40.0]
     wanted = [1 + 0.5 * 2 + 0.25 * 30, 2 + 0.5 * 4 + 0.25 * 40, 4 + 0.5 * 40, 40]
-    assert n_step_targets(rewards, values, 2, 0.5).tolist() == wanted
-    values[-1] = 0.0  # terminated
-    assert n_step_targets(rewards, values, 9, 0.5).tolist() == [1 + 1 + 1, 2 + 2, 4, 0]
+    assert returns_of(rewards, values, False, 2, 0.5) == wanted
+    assert returns_of(rewards, [*values[:3], 0.0], True, 9, 0.5) == [1 + 1 + 1, 2 + 2, 4, 0]
+    assert returns_of(rewards, values, False, 2, 0.0) == [1, 2, 4, 40]
     # Two players: what follows is good for the other one.
-    assert n_step_targets(np.array([0.0, 0.0, 1.0]), np.zeros(4), 9, -1.0).tolist() == [1, -1, 1, 0]
-    assert n_step_targets(np.array([0.0, 0.0]), np.array([0.0, 0.0, 0.5]), 2, -1.0).tolist() == [0.5, -0.5, 0.5]
+    assert returns_of([0.0, 0.0, 1.0], [0.0] * 4, True, 9, -1.0) == [1, -1, 1, 0]
+    assert returns_of([0.0, 0.0], [0.0, 0.0, 0.5], False, 2, -1.0) == [0.5, -0.5, 0.5]
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.integers(1, 14), st.sampled_from([1.0, 0.9, -1.0, -0.5]))
+def test_returns_are_those_of_brute_force(rewards, n, gamma):
+    values = [math.sin(index) for index in range(len(rewards) + 1)]
+    for t, found in enumerate(returns_of(rewards, values, False, n, gamma)):
+        end, total, factor = min(t + n, len(rewards)), 0.0, 1.0
+        for reward in rewards[t:end]:
+            total, factor = total + factor * reward, factor * gamma
+        assert found == pytest.approx(total + factor * values[end], abs=1e-5)
 
 
 # --- network --------------------------------------------------------------------------------------------------------
@@ -246,7 +266,7 @@ def plain_bounded(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_network_is_that_of_plain_layers_for_tensors_and_arrays():
-    parameters = muzero.make_parameters(3, 2, small_args(), generator())
+    _, parameters = muzero.make_network((3,), 2, small_args(), generator())
     view = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
     obs, action = torch.randn(5, 3, generator=generator(1)), torch.tensor([0, 1, 1, 0, 1])
     latent = plain_bounded(plain_layers(parameters, "represent", "latent")(obs.double()))
@@ -270,7 +290,8 @@ def test_expectation_is_the_mean_of_the_bins_unscaled():
 
 
 def test_gradient_is_halved_where_a_latent_state_enters_the_dynamics_and_nowhere_else():
-    network = muzero.make_parameters(3, 2, small_args(), generator()).double()
+    net, network = muzero.make_network((3,), 2, small_args(), generator())
+    network = network.double()
     obs, action = torch.randn(4, 3, generator=generator(1)).double(), torch.tensor([[0, 1]] * 4)
     batch = {
         "obs": obs,
@@ -282,7 +303,7 @@ def test_gradient_is_halved_where_a_latent_state_enters_the_dynamics_and_nowhere
         "acting": torch.ones(4, 3).double(),
         "weight": torch.ones(4).double(),
     }
-    loss, _, _ = unrolled_loss(network, batch, 0.25)
+    loss, _, _ = unrolled_loss(net, network, batch, 0.25)
     (gradient,) = torch.autograd.grad(loss, [network["latent_bias"]])
 
     def losses() -> torch.Tensor:
@@ -319,7 +340,8 @@ def episode_rows(length: int, start: float, terminated: bool) -> dict[str, np.nd
         "action": steps % 2,
         "reward": start + steps,
         "policy": np.stack([steps * 0.0, steps * 0.0 + 1], axis=1),
-        "value": 100 * terminated * (steps < length) + start + steps * (steps < length),
+        "value": np.where(terminated & (steps == length), 0.0, start + steps),
+        "legal": np.ones((length + 1, 2), bool),
         "left": length - steps,
         "terminated": np.full(length + 1, terminated),
         "priority": np.where(steps < length, 1.0, 0.0),
@@ -328,9 +350,9 @@ def episode_rows(length: int, start: float, terminated: bool) -> dict[str, np.nd
 
 @pytest.mark.parametrize("terminated", [True, False])
 def test_beyond_the_end_nothing_is_known_after_a_truncation_and_all_is_zero_after_a_termination(terminated):
-    replay = Replay(1, 2, 50)
+    replay = Replay((1,), np.float32, 2, 50)
     replay.add(episode_rows(4, 10.0, terminated))
-    _, batch = replay.sample(300, 3, np.random.default_rng(0))
+    _, batch = replay.sample(300, 3, 5, 0.9, np.random.default_rng(0))
     for row in range(300):
         first = int(batch["obs"][row, 0]) - 10
         assert 0 <= first < 4
@@ -346,24 +368,24 @@ def test_beyond_the_end_nothing_is_known_after_a_truncation_and_all_is_zero_afte
 
 
 def test_rows_are_drawn_by_priority_and_weighted_against_it():
-    replay = Replay(1, 2, 20)
+    replay = Replay((1,), np.float32, 2, 20)
     replay.add(episode_rows(4, 0.0, True))
     replay.columns["priority"][:4] = [1.0, 2.0, 3.0, 4.0]
-    rows, batch = replay.sample(20_000, 1, np.random.default_rng(0))
+    rows, batch = replay.sample(20_000, 1, 5, 0.9, np.random.default_rng(0))
     np.testing.assert_allclose(np.bincount(rows, minlength=4) / 20_000, [0.1, 0.2, 0.3, 0.4], atol=0.015)
     for row in range(4):
         np.testing.assert_allclose(batch["weight"][rows == row], 1 / (row + 1), rtol=1e-6)
 
 
 def test_replay_keeps_what_follows_a_row_when_it_overwrites():
-    replay = Replay(1, 2, 13)
+    replay = Replay((1,), np.float32, 2, 13)
     for number in range(9):
         replay.add(episode_rows(5, 100.0 * number, True))
-        _, batch = replay.sample(200, 4, np.random.default_rng(number))
+        _, batch = replay.sample(200, 4, 5, 0.9, np.random.default_rng(number))
         for row in range(200):
             rewards = batch["reward"][row][batch["acting"][row, :-1] == 1]
             assert (rewards == batch["obs"][row, 0] + np.arange(len(rewards))).all()
-    other = Replay(1, 2, 13)
+    other = Replay((1,), np.float32, 2, 13)
     other.load_state_dict(replay.state_dict())
     assert other.added == replay.added
     for name, column in replay.columns.items():

@@ -63,6 +63,7 @@ SHARED_BLOCKS = [
     "CHANGEABLE",
     "seed_of",
     "parse_args",
+    "saved_args",
     "Run",
     "write_json",
     "provenance",
