@@ -58,6 +58,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
+# The search makes many small matrix products; more threads would only wait for each other, and for other runs.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
 import torch
@@ -358,8 +360,8 @@ class KInARow(gym.Env):
     """Two players take turns to put a stone on a board; who first has `k` in a row, in any direction, has won.
 
     Observation, float32 (rows, columns, 2): the stones of the player whose turn it is, and the other's. Action: a
-    field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it, for the
-    move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else raises ValueError.
+    field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it,
+    for the move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else: ValueError.
 
     With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of the
     environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play), begins every
@@ -1496,9 +1498,9 @@ def provenance() -> dict:
 def play(folder: str) -> dict:
     """Games in the terminal against the agent of a run, who searches as it does in evaluations."""
     args = saved_args(folder)
-    env = make_env(args, "ansi")
-    if not isinstance(env.unwrapped, KInARow):
+    if not isinstance(make_env(args).unwrapped, KInARow):
         raise Failure(f"--play is for the board games of this script, not for {args.env_id}")
+    env = make_env(args, "ansi")
     agent = Agent(env.observation_space, env.action_space, args)
     try:
         agent.load_state_dict(read_checkpoint(Path(folder) / CHECKPOINT)["agent"])

@@ -4,7 +4,7 @@
     python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
-    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc or mbpo is
+    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo or muzero is
 
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from . import speed_cem_mpc, speed_dyna_q, speed_mbpo
+from . import speed_cem_mpc, speed_dyna_q, speed_mbpo, speed_muzero
 from .collect import collect_suite
 from .plot import plot_suite
 from .run import run_suite
@@ -24,6 +24,7 @@ from .suites import SUITES, Incomplete, Suite
 
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
 SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
+SPEED |= {"muzero": speed_muzero.measure}
 Script = Annotated[Literal[tuple(SPEED)], tyro.conf.Positional]
 Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
 

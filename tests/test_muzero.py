@@ -1,12 +1,17 @@
 """muzero.py against mctx's golden values, slow scalar references, brute force and finite differences."""
 
+import dataclasses
+import functools
 import math
 import os
+import subprocess
+from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import command, only_run, start, tiny_args
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -390,3 +395,271 @@ def test_replay_keeps_what_follows_a_row_when_it_overwrites():
     assert other.added == replay.added
     for name, column in replay.columns.items():
         np.testing.assert_array_equal(column, other.columns[name])
+
+
+# --- images, consistency, reanalyze -----------------------------------------------------------------------------------
+def test_convolutional_network_is_that_of_plain_layers():
+    args = small_args(channels=3, consistency_weight=1.0)
+    net, parameters = muzero.make_network((30, 26, 2), 4, args, generator())
+    assert {"halve_0_weight", "halve_1_weight"} <= set(parameters)
+    assert "halve_2_weight" not in parameters  # 30 x 26, 15 x 13, 8 x 7
+    obs, action = torch.rand(2, 30, 26, 2, generator=generator(1)), torch.tensor([3, 0])
+
+    def conv(name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        layer = torch.nn.Conv2d(x.shape[1], 3, 3, stride, 1)
+        layer.weight.data, layer.bias.data = parameters[f"{name}_weight"].data, parameters[f"{name}_bias"].data
+        return layer(x)
+
+    def block(name: str, x: torch.Tensor) -> torch.Tensor:
+        return (x + conv(f"{name}_2", conv(f"{name}_1", x).relu())).relu()
+
+    x = conv("halve_1", conv("halve_0", obs.permute(0, 3, 1, 2), 2).relu(), 2).relu()
+    latent = plain_bounded(block("latent", conv("represent", x).relu()).flatten(1)).view(2, 3, 8, 7)
+    torch.testing.assert_close(net.represent(parameters, obs), latent)
+    hidden = (conv("step", latent) + parameters["step_action"][action]).relu()
+    following = plain_bounded(block("next_latent", hidden).flatten(1)).view(2, 3, 8, 7)
+    torch.testing.assert_close(net.step(parameters, latent, action), following)
+    assert [tuple(logits.shape) for logits in net.predict(parameters, following)] == [(2, 11), (2, 11), (2, 4)]
+    assert not torch.allclose(*net.step(parameters, latent[:1].expand(2, -1, -1, -1), action))
+
+
+class Bright(gym.Env):
+    """Pictures of 14 x 15 bytes: 1 for action 0 where the left half is bright, for action 1 where the right half is."""
+
+    metadata: ClassVar = {"render_modes": []}
+
+    def __init__(self, render_mode: str | None = None):
+        self.observation_space = gym.spaces.Box(0, 255, (14, 15, 3), np.uint8)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def picture(self) -> np.ndarray:
+        self.side, picture = int(self.np_random.integers(2)), np.zeros((14, 15, 3), np.uint8)
+        picture[:, 8 * self.side : 8 * self.side + 7] = 200
+        return picture
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        return self.picture(), {}
+
+    def step(self, action: int) -> tuple:
+        reward = float(action == self.side)
+        return self.picture(), reward, False, False, {}
+
+
+gym.register("Bright-v0", entry_point=Bright, max_episode_steps=10)
+
+
+def test_pictures_are_learned_from(tmp_path):
+    args = small_args(env_id="Bright-v0", run_dir=str(tmp_path), total_timesteps=800, gamma=0.0, channels=4, num_envs=8)
+    args = dataclasses.replace(args, updates_per_step=0.5, learning_rate=3e-3, consistency_weight=0.5)
+    outcome = muzero.train(args)
+    assert outcome["eval_return_mean"] == 10
+    state = muzero.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"]
+    assert state["replay"]["obs"].dtype == torch.uint8
+
+
+def test_consistency_pulls_the_imagined_state_to_the_observation_that_came_but_not_the_other_way():
+    args = small_args(consistency_weight=1.0)
+    net, parameters = muzero.make_network((3,), 2, args, generator())
+    batch = {name: torch.zeros(4, 3) for name in ("value", "known", "acting")}
+    batch |= {"obs": torch.randn(4, 3, generator=generator(1)), "action": torch.tensor([[0, 1]] * 4)}
+    batch |= {"policy": torch.full((4, 3, 2), 0.5), "reward": torch.zeros(4, 2), "weight": torch.ones(4)}
+    batch |= {"next_obs": torch.randn(4, 2, 3, generator=generator(2)), "acting": torch.tensor([[1.0, 1, 0]] * 4)}
+    loss, _, logs = unrolled_loss(net, parameters, batch | {"acting": torch.zeros(4, 3)}, 0.0, 1.0)
+    assert loss.item() == 0  # beyond the end nothing came
+    loss, _, logs = unrolled_loss(net, parameters, batch, 0.0, 1.0)
+    without, _, _ = unrolled_loss(net, parameters, batch, 0.0, 0.0)
+    assert (loss - without).item() == pytest.approx(logs["consistency_loss"].mean().item(), rel=1e-5)
+    assert logs["consistency_loss"].abs().max() <= 1
+    imagined, real = (torch.rand(5, 8, generator=generator(seed), requires_grad=True) for seed in (3, 4))
+    first, second = torch.autograd.grad(
+        muzero.inconsistency(parameters, imagined, real).sum(), [imagined, real], allow_unused=True
+    )
+    assert first.abs().sum() > 0
+    assert second is None
+    # The same by torch's own layers.
+    project = plain_layers(parameters, "project", "projection")
+    foretold = plain_layers(parameters, "foretell", "foretold")(project(imagined.double()))
+    wanted = -torch.nn.functional.cosine_similarity(foretold, project(real.double()))
+    torch.testing.assert_close(muzero.inconsistency(parameters, imagined, real).double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_reanalyze_puts_in_what_a_search_finds_now_and_leaves_ends_alone():
+    env = gym.make("CartPole-v1", max_episode_steps=7)
+    agent = muzero.Agent(env.observation_space, env.action_space, small_args(learning_starts=10**6))
+    obs, info = env.reset(seed=0)
+    for _ in range(60):
+        action = agent.act(obs, info)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        agent.observe(obs, action, reward, next_obs, terminated, truncated)
+        obs = next_obs
+        if terminated or truncated:
+            obs, info = env.reset()
+    columns, used = agent.replay.columns, agent.replay.added
+    before = {name: column[:used].copy() for name, column in columns.items()}
+    columns["terminated"][:8] = True  # the first episode
+    columns["value"][7] = 0.0
+    with torch.no_grad():
+        agent.parameters["value_bias"] += torch.randn(agent.parameters["value_bias"].shape, generator=generator(1))
+    agent.reanalyze(400)
+    rows = np.delete(np.arange(used), 7)
+    policy, _, tree = agent.plan(columns["obs"][rows], columns["legal"][rows], None)
+    np.testing.assert_allclose(columns["value"][rows], tree.value[tree.roots], rtol=1e-4)
+    np.testing.assert_allclose(columns["policy"][rows], policy, atol=1e-4)
+    assert columns["value"][7] == 0
+    assert (np.abs(columns["value"][rows] - before["value"][rows]) > 1e-3).mean() > 0.9
+    for name in ("obs", "action", "reward", "left", "priority", "legal"):
+        np.testing.assert_array_equal(columns[name][:used], before[name])
+
+
+# --- board games ------------------------------------------------------------------------------------------------------
+def board(**options: object) -> gym.Env:
+    return gym.make("TicTacToe-v0", **options)
+
+
+def test_moves_of_tic_tac_toe():
+    env = board(render_mode="ansi")
+    obs, info = env.reset(seed=0)
+    assert obs.shape == (3, 3, 2)
+    assert info["action_mask"].tolist() == [1] * 9
+    for action, own, other in ((4, [], [4]), (0, [4], [0]), (3, [0], [3, 4]), (1, [3, 4], [0, 1])):
+        obs, reward, terminated, _, info = env.step(action)
+        assert (reward, terminated) == (0, False)
+        assert obs[..., 0].reshape(-1).nonzero()[0].tolist() == own
+        assert obs[..., 1].reshape(-1).nonzero()[0].tolist() == other
+        assert not info["action_mask"][action]
+    assert env.render() == "O O .\nX X .\n. . ."
+    with pytest.raises(ValueError, match="not allowed"):
+        env.step(4)
+    _, reward, terminated, _, _ = env.step(5)
+    assert (reward, terminated) == (1, True)
+
+
+def test_every_game_of_tic_tac_toe_has_its_known_end():
+    """255,168 games: 131,184 won by the first, 77,904 by the second player, 46,080 drawn; counted by positions."""
+    env = board().unwrapped
+
+    @functools.cache
+    def count(own: int, other: int, turn: int) -> tuple[int, int, int]:
+        if turn == 9:
+            return 0, 0, 1
+        total = np.zeros(3, int)
+        for _, after, won in env.moves(own, other):
+            total += (turn % 2 == 0, turn % 2 == 1, 0) if won else count(other, after, turn + 1)
+        return tuple(total.tolist())
+
+    assert count(0, 0, 0) == (131_184, 77_904, 46_080)
+
+
+def test_connect_four_falls_and_wins_in_all_directions():
+    env = gym.make("KInARow-v0", render_mode="ansi")
+    for moves, wins in (
+        ([0, 0, 1, 1, 2, 2, 3], True),  # a row
+        ([0, 1, 0, 1, 0, 1, 0], True),  # a column
+        ([0, 1, 1, 2, 2, 3, 2, 3, 3, 5, 3], True),  # a diagonal
+        ([3, 2, 2, 1, 1, 0, 1, 0, 0, 5, 0], True),  # the other one
+        ([0, 1, 2, 3, 4, 5], False),
+    ):
+        env.reset()
+        for move in moves:
+            _, reward, terminated, _, _ = env.step(move)
+        assert (reward, terminated) == (float(wins), wins)
+    env.reset()
+    for _ in range(6):
+        _, _, _, _, info = env.step(0)
+    assert info["action_mask"].tolist() == [0, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_opponent_plays_perfectly_where_it_looks_to_the_end_and_badly_where_it_does_not(seed):
+    results = {}
+    for plies in (0, 9):
+        env, returns = board(opponent=plies), []
+        env.action_space.seed(seed)
+        for game in range(40):
+            (_, info), done = env.reset(seed=100 * seed + game), False
+            while not done:
+                _, reward, done, _, info = env.step(env.action_space.sample(info["action_mask"]))
+            returns.append(reward)
+        results[plies] = returns
+    assert max(results[9]) <= 0
+    assert np.mean(results[9]) < -0.6
+    assert abs(np.mean(results[0])) < 0.4
+    assert {0.0, 1.0, -1.0} == set(results[0])
+
+
+class TrueGame:
+    """The rules of tic-tac-toe as a model: a latent state is (own, other, over)."""
+
+    env = board().unwrapped
+
+    def __call__(self, latent: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, ...]:
+        following, rewards, logits = [], [], np.full((len(latent), 9), -50.0)
+        for row, ((own, other, over), move) in enumerate(zip(latent.astype(int), action, strict=True)):
+            options = {a: (after, won) for a, after, won in self.env.moves(own, other)}
+            if over or move not in options:
+                following.append((own, other, 1))
+                rewards.append(0.0 if over else -1.0)  # who does what is not allowed has lost
+            else:
+                after, won = options[move]
+                following.append((other, after, won or len(options) == 1))
+                rewards.append(float(won))
+                logits[row, [a for a, _, _ in self.env.moves(other, after)]] = 0.0
+        return np.array(following, float), np.array(rewards), logits, np.zeros(len(latent))
+
+
+def test_search_with_the_true_rules_reaches_the_minimax_value():
+    env, rng = board().unwrapped, np.random.default_rng(0)
+    positions = []
+    while len(positions) < 12:  # positions of the middle of a game
+        own, other = 0, 0
+        for _ in range(4):
+            options = [after for _, after, won in env.moves(own, other) if not won]
+            own, other = other, options[rng.integers(len(options))]
+        positions.append((own, other, 0))
+    legal = np.array([[bool(~(own | other) >> field & 1) for field in range(9)] for own, other, _ in positions])
+    simulations = 5_000
+    latent, zeros = np.array(positions, float), np.zeros(len(positions))
+    tree = Tree(latent, np.zeros((len(positions), 9)), zeros, legal, simulations)
+    _, action = muzero_search(TrueGame(), tree, legal, -1.0, simulations)
+    for (own, other, _), chosen in zip(positions, action, strict=True):
+        values = {a: 1.0 if won else -env.foresee(other, after, 9) for a, after, won in env.moves(own, other)}
+        assert np.sign(values[chosen]) == np.sign(max(values.values()))
+
+
+def test_play_in_the_terminal(tmp_path):
+    folder = tmp_path / "runs"
+    args = ["--env-id", "TicTacToe-v0", "--total-timesteps", 40, "--eval-episodes", 2, "--run-dir", folder]
+    assert start("muzero", *args).returncode == 0
+    moves = "".join(f"{field}\n" for field in [*range(9)] * 3) + "x\n\n"
+    played = subprocess.run(
+        [*command("muzero"), "--play", str(only_run(folder))], input=moves, capture_output=True, text=True, timeout=60
+    )
+    assert played.returncode == 0, played.stderr
+    assert "Allowed are" in played.stdout
+    assert "You have" in played.stdout or "A draw" in played.stdout
+    evaluated = subprocess.run(
+        [*command("muzero")[:2], "--evaluate", str(only_run(folder))], capture_output=True, text=True, timeout=60
+    )
+    assert "search of" in evaluated.stdout
+    assert "visits" in evaluated.stdout
+    cart = start("muzero", "--total-timesteps", 16, "--eval-episodes", 1, "--run-dir", tmp_path / "cart")
+    assert cart.returncode == 0
+    refused = start("muzero", "--play", only_run(tmp_path / "cart"))
+    assert refused.returncode == 2
+    assert "board games" in refused.stderr
+
+
+def test_actions_that_are_not_allowed_get_neither_noise_nor_visits_nor_policy():
+    for search in ("puct", "gumbel"):
+        agent = muzero.Agent(board().observation_space, board().action_space, small_args(search=search, gamma=-1.0))
+        env = board()
+        (obs, info), done = env.reset(seed=0), False
+        while not done:
+            action = agent.act(obs, info)
+            policy, _, legal = agent.found[0]
+            assert (policy[~legal] == 0).all()
+            assert legal.tolist() == info["action_mask"].astype(bool).tolist()
+            next_obs, reward, done, _, info = env.step(action)  # raises for what is not allowed
+            agent.observe(obs, action, reward, next_obs, done)
+            obs = next_obs

@@ -1,0 +1,142 @@
+"""How fast muzero.py is: simulations of its searches, with DeepMind's mctx beside them, and updates.
+
+The network is muzero.py's own, of its default sizes, for 4 numbers and 2 actions (CartPole) and for 18 numbers and 9
+actions in a game of two players (tic-tac-toe); mctx searches with the very same weights. Everything runs in this
+process on one thread; the contestants of a row take turns for several rounds, and medians of rates per second of
+processor time are compared. The trees are random ones, as the weights are.
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+import muzero
+
+SIMULATIONS, ROOTS = 50, (1, 8, 64, 256)
+TASKS = {"2 actions": (4, 2, 0.997), "9 actions, two players": (18, 9, -1.0)}  # numbers, actions, discount
+Work = Callable[[], None]
+
+
+def make_agent(obs_size: int, actions: int, discount: float) -> muzero.Agent:
+    args = muzero.Args(device="cpu", gamma=discount, support=10, num_simulations=SIMULATIONS, reanalyze_ratio=0.0)
+    space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
+    return muzero.Agent(space, gym.spaces.Discrete(actions), args)
+
+
+def our_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
+    """Both searches from the states of these observations."""
+    latent = agent.infer(agent.net.represent, obs)
+    _, logits, value = agent.evaluate(latent)
+    legal, discount = np.ones(logits.shape, bool), agent.args.gamma
+    gumbel = agent.rng.gumbel(size=legal.shape)
+
+    def run(search: Callable, *more: object) -> None:
+        tree = muzero.Tree(latent, logits, value, legal, SIMULATIONS)
+        search(agent.recurrent, tree, legal, discount, SIMULATIONS, *more)
+
+    return {
+        "muzero.py, pUCT": lambda: run(muzero.muzero_search),
+        "muzero.py, Gumbel": lambda: run(muzero.gumbel_search, gumbel, 16),
+    }
+
+
+def mctx_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
+    """The same by mctx, compiled beforehand."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import jax.numpy as jnp
+    import mctx
+
+    weights = {name: jnp.asarray(array) for name, array in agent.view.items()}
+    discount, bins = agent.args.gamma, jnp.arange(-agent.args.support, agent.args.support + 1, dtype=jnp.float32)
+
+    def dense(name: str, x: jax.Array) -> jax.Array:
+        return x @ weights[f"{name}_weight"] + weights[f"{name}_bias"]
+
+    def expectation(logits: jax.Array) -> jax.Array:
+        y = jax.nn.softmax(logits) @ bins
+        return jnp.sign(y) * (((jnp.sqrt(1 + 0.004 * (jnp.abs(y) + 1.001)) - 1) / 0.002) ** 2 - 1)
+
+    def recurrent(_: None, key: jax.Array, action: jax.Array, latent: jax.Array) -> tuple:
+        weight, size = weights["step_weight"], latent.shape[-1]
+        hidden = jax.nn.relu(latent @ weight[:size] + weight[size:][action] + weights["step_bias"])
+        latent = dense("next_latent", hidden)
+        low, high = latent.min(-1, keepdims=True), latent.max(-1, keepdims=True)
+        latent = (latent - low) / jnp.maximum(high - low, 1e-5)
+        reward, value, policy = (dense(name, jax.nn.relu(dense(f"{name}_hidden", latent))) for name in muzero.HEADS)
+        reward, value = expectation(reward), expectation(value)
+        parts = {"reward": reward, "discount": jnp.full_like(reward, discount), "prior_logits": policy, "value": value}
+        return mctx.RecurrentFnOutput(**parts), latent
+
+    latent = agent.infer(agent.net.represent, obs)
+    _, logits, value = agent.evaluate(latent)
+    root = mctx.RootFnOutput(prior_logits=jnp.asarray(logits), value=jnp.asarray(value), embedding=jnp.asarray(latent))
+    common, key = {"recurrent_fn": recurrent, "num_simulations": SIMULATIONS}, jax.random.PRNGKey(0)
+    puct = jax.jit(lambda key: mctx.muzero_policy(None, key, root, dirichlet_fraction=0.0, **common).action_weights)
+    gumbel = jax.jit(lambda key: mctx.gumbel_muzero_policy(None, key, root, **common).action_weights)
+    searches = {"mctx, pUCT": lambda: puct(key).block_until_ready()}
+    searches["mctx, Gumbel"] = lambda: gumbel(key).block_until_ready()
+    for search in searches.values():
+        search()
+    return searches
+
+
+def updates(agent: muzero.Agent) -> Work:
+    """One update of the network, with its batch, as in training."""
+    rng = np.random.default_rng(0)
+    agent.args.updates_per_step, agent.args.learning_starts = 1.0, 1
+    for step in range(2_000):
+        obs = rng.normal(size=agent.obs_shape).astype(np.float32)
+        agent.found = [(np.full(agent.num_actions, 1 / agent.num_actions), 0.0, np.ones(agent.num_actions, bool))]
+        agent.observe(obs, int(rng.integers(agent.num_actions)), 1.0, obs, step % 20 == 19)
+
+    def work() -> None:
+        agent.updates = agent.steps - agent.args.learning_starts - 1
+        agent.update()
+
+    return work
+
+
+def rate(work: Work, seconds: float = 0.5) -> float:
+    """How often it is done in a second of processor time."""
+    count, start = 0, time.process_time()
+    while (elapsed := time.process_time() - start) < seconds:
+        work()
+        count += 1
+    return count / elapsed
+
+
+def measure(peer: Path | None, rounds: int) -> str:
+    """Markdown tables of the medians."""
+    torch.set_num_threads(1)
+    beside = importlib.util.find_spec("mctx") is not None
+    lines = [
+        f"Thousands of simulations per second of processor time, {SIMULATIONS} to a search, medians of {rounds}:",
+        "",
+    ]
+    lines += ["|  | " + " | ".join(f"{roots} root{'s' * (roots > 1)}" for roots in ROOTS) + " |"]
+    lines += ["|---|" + "---|" * len(ROOTS)]
+    for task, settings in TASKS.items():
+        agent, cells = make_agent(*settings), {}
+        for roots in ROOTS:
+            obs = np.random.default_rng(1).normal(size=(roots, settings[0])).astype(np.float32)
+            searches = our_searches(agent, obs) | (mctx_searches(agent, obs) if beside else {})
+            rates = {name: [] for name in searches}
+            for _ in range(rounds):
+                for name, search in searches.items():
+                    rates[name].append(rate(search) * roots * SIMULATIONS / 1_000)
+            for name, values in rates.items():
+                cells.setdefault(name, []).append(f"{median(values):,.1f}")
+        lines += [f"| {name}, {task} | {' | '.join(row)} |" for name, row in cells.items()]
+    update = updates(make_agent(*TASKS["2 actions"]))
+    found = median(rate(update, 2.0) for _ in range(rounds))
+    batch = f"batch {muzero.Args.batch_size}, {muzero.Args.unroll_steps} steps unrolled"
+    return "\n".join([*lines, "", f"Updates of the network per second of processor time ({batch}): {found:.0f}"])
