@@ -221,8 +221,8 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15},
-    "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10}
+    "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15},
+    "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
@@ -582,11 +582,14 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 
 class Value(nn.Module):
-    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1). Old steps, too: they show
-    the failures that the agent has learned to avoid, and a lambda of 0.8 looks but a few steps along what it did then.
+    """V(s), by fitted value iteration from all real states. Its target is the larger of two estimates that are never
+    above the value of the best policy but by errors: the lambda-return of what was done (Sutton & Barto, section 12.1),
+    which propagates quickly, and the best of some actions by the model, without which the failures of old steps would
+    make good states look bad.
 
     It is learned from scratch each time: a network that has followed changing targets for long judges states that it
-    has not seen worse (Nikishin et al. 2022)."""
+    has not seen worse (Nikishin et al. 2022).
+    """
 
     trace, batch_size = 0.8, 256  # lambda
     rounds, updates = 40, 50  # the targets are computed anew in each round
@@ -628,14 +631,20 @@ class Value(nn.Module):
             returns[step] = rewards[step] + gamma * after * (not terminated[step])
         return torch.tensor(returns, device=obs.device)
 
-    def fit(self, data: "Buffer", args: Args, generator: torch.Generator) -> dict[str, float]:
-        """Learns the value of all steps."""
+    def fit(
+        self, data: "Buffer", options: tuple[Tensor, Tensor, Tensor], gamma: float, generator: torch.Generator
+    ) -> dict[str, float]:
+        """Learns the value of all states, (size,). `options`: the next states, rewards and survival probabilities that
+        the model foresees for K actions in each of them, (K, size, obs_size), (K, size) and (K, size)."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3)
-        obs = data.column("obs")
+        obs, most, (next_obs, reward, survival) = data.column("obs"), data.column("reward").max(), options
+        most = torch.maximum(most, most / max(1 - gamma, 1e-6))  # no return is larger
         for _ in range(self.rounds):
             with torch.no_grad():
-                returns, obs_std = self.lambda_returns(data, args.gamma), obs.std(0, correction=0)
+                best = (reward + gamma * survival * self(next_obs)).amax(0)
+                returns = torch.maximum(self.lambda_returns(data, gamma), best).clamp(max=most)
+                obs_std = obs.std(0, correction=0)
                 self.obs_mean.copy_(obs.mean(0))
                 self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
                 self.return_mean.fill_(returns.mean())
@@ -691,6 +700,29 @@ class Buffer:
 # ---------------------------------------------------------------------------------------------------------------------
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
+def outcome(
+    model: Ensemble,
+    layers: Networks,
+    state: Tensor,
+    action: Tensor,
+    delta: Tensor,
+    reward_fn: Callable | None,
+    termination_fn: Callable | None,
+) -> tuple[Tensor, Tensor]:
+    """Rewards and probabilities of going on (G, B) of steps (G, B, size)."""
+    next_state = state + delta
+    if reward_fn is None:
+        reward = model.predict_reward(delta, action, next_state, layers[1]).squeeze(-1)
+        reward = reward * model.reward_std + model.reward_mean
+    else:
+        reward = reward_fn(state, action, next_state)
+    if termination_fn is None:
+        survival = torch.sigmoid(-model.termination_logit(next_state, layers[2])).squeeze(-1)  # 1 - sigmoid(logit)
+    else:
+        survival = termination_fn(state, action, next_state).logical_not()
+    return reward, survival
+
+
 def imagine(
     model: Ensemble,
     layers: Networks,
@@ -723,21 +755,10 @@ def imagine(
         action = actions[:, step].expand(groups, -1, -1)
         mean, std = model.predict(state, action, layers[0])
         delta = mean + std * noise[step]
-        next_state = state + delta
-
-        if reward_fn is None:
-            reward = model.predict_reward(delta, action, next_state, layers[1]).squeeze(-1)  # (G, R)
-            reward = reward * model.reward_std + model.reward_mean
-        else:
-            reward = reward_fn(state, action, next_state)
-        if termination_fn is None:
-            survival = torch.sigmoid(-model.termination_logit(next_state, layers[2])).squeeze(-1)  # 1 - sigmoid(logit)
-        else:
-            survival = termination_fn(state, action, next_state).logical_not()
-
+        reward, survival = outcome(model, layers, state, action, delta, reward_fn, termination_fn)
         returns = returns + gamma**step * alive * reward
         alive = alive * survival
-        state = next_state
+        state = state + delta
     if value_fn is not None:
         returns = returns + gamma ** plans.shape[1] * alive * value_fn(state)
     return returns.mean(0).view(len(plans), -1).mean(1)
@@ -1009,8 +1030,23 @@ class Agent:
             self.logs |= diagnose(self.model, self.data, self.trained_on)
         self.logs |= fit(self.model, self.optimizer, self.loss_fn, self.data, args, self.generator)
         if self.value is not None:
-            self.logs |= self.value.fit(self.data, args, self.generator)
+            self.logs |= self.value.fit(self.data, self.options(), args.gamma, self.generator)
         self.trained_on = size
+
+    @torch.no_grad()
+    def options(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the elites foresee on average for every Discrete action, or for two random ones, in all real states."""
+        obs, layers, found = self.data.column("obs"), self.model.select(self.model.elites), []
+        actions = torch.eye(self.action_size, device=self.device)[:, None].expand(-1, len(obs), -1)
+        if not self.discrete:
+            shape = (2, len(obs), self.action_size)
+            actions = self.to_units(uniform(2, torch.empty(shape, device=self.device), self.generator))
+        for action in actions:  # (size, A)
+            obs_of_all, action_of_all = (part.expand(len(self.model.elites), -1, -1) for part in (obs, action))
+            delta, _ = self.model.predict(obs_of_all, action_of_all, layers[0])
+            step = self.model, layers, obs_of_all, action_of_all, delta, self.reward_fn, self.termination_fn
+            found.append([(obs + delta).mean(0), *(part.float().mean(0) for part in outcome(*step))])
+        return tuple(map(torch.stack, zip(*found, strict=True)))
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode, which neither learns nor touches the agent."""
@@ -1039,7 +1075,7 @@ class Agent:
         self.num_holdout = int(self.data.column("holdout").sum())
         self.relabel(0)
         if self.value is not None:
-            self.logs |= self.value.fit(self.data, self.args, self.generator)
+            self.logs |= self.value.fit(self.data, self.options(), self.args.gamma, self.generator)
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
