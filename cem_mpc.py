@@ -221,7 +221,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15},
+    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},

@@ -19,7 +19,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).parent.parent
 TABULAR = ["dyna_q", "dyna_q_plus"]
-NEURAL = ["cem_mpc", "mbpo", "muzero"]
+NEURAL = ["cem_mpc", "mbpo", "muzero", "dreamer"]
 SCRIPTS = TABULAR + NEURAL
 TINY = {  # arguments with which a script takes milliseconds a step
     "cem_mpc": "--hidden 16 16 --weight-decay 0 1e-5 1e-4 --population 8 --num-best 3 --iterations 2 --horizon 3"
@@ -28,6 +28,8 @@ TINY = {  # arguments with which a script takes milliseconds a step
     " --max-updates 4 --ensemble-size 3 --num-elites 2 --rollouts 50 --updates-per-step 1 --batch-size 32",
     "muzero": "--num-envs 2 --num-simulations 3 --hidden-size 16 --latent-size 8 --batch-size 16 --learning-starts 50"
     " --updates-per-step 0.1 --support 5",
+    "dreamer": "--num-envs 2 --batch-size 2 --batch-length 4 --learning-starts 30 --train-ratio 1 --replay-size 2000"
+    " --imagination-horizon 3",
 }
 CORRIDOR = {"cem_mpc": "BoxCorridor-v0", "mbpo": "BoxCorridor-v0"}  # where it is not Corridor-v0
 

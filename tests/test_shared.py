@@ -57,7 +57,6 @@ SHARED_FIELDS = [
 SHARED_BLOCKS = [
     "Failure",
     "check_ranges",
-    "make_env",
     "memory_of",
     "Episode",
     "CHANGEABLE",
@@ -69,11 +68,12 @@ SHARED_BLOCKS = [
     "provenance",
     "main",
 ]
-FAMILY_BLOCKS = ["write_checkpoint", "read_checkpoint", "CHECKPOINT", "check_observation"]
+FAMILY_BLOCKS = ["write_checkpoint", "read_checkpoint", "CHECKPOINT"]
+VECTORS, IMAGES = ["cem_mpc", "mbpo", "muzero"], ["muzero", "dreamer"]
 TABULAR_BLOCKS = ["Maze", "DYNA_MAZE", "table_key", "random_argmax", "draw_grid", "train"]
 ENSEMBLE = ["cem_mpc", "mbpo"]
 ENSEMBLE_BLOCKS = ["Layers", "Networks", "mlp", "Ensemble", "ensemble_losses", "ensemble_loss", "fit", "diagnose"]
-ENSEMBLE_BLOCKS += ["Buffer", "load_function", "find_device"]
+ENSEMBLE_BLOCKS += ["Buffer", "load_function"]
 LITTLE = {"total_timesteps": 500, "eval_episodes": 2}
 SMALL = ["--total-timesteps", "600", "--eval-every", "300", "--checkpoint-every", "200", "--eval-episodes", "2"]
 
@@ -93,6 +93,8 @@ def targets(node: ast.stmt) -> set[str]:
 
 BLOCKS = [(SCRIPTS, name) for name in SHARED_BLOCKS] + [(TABULAR, name) for name in TABULAR_BLOCKS]
 BLOCKS += [(ENSEMBLE, name) for name in ENSEMBLE_BLOCKS]
+BLOCKS += [(TABULAR + ENSEMBLE, "make_env"), (VECTORS, "check_observation"), (TABULAR, "check_observation")]
+BLOCKS += [(IMAGES, name) for name in ("make_env", "wrap")] + [([*ENSEMBLE, *IMAGES], "find_device")]
 BLOCKS += [(family, name) for family in (TABULAR, NEURAL) for name in FAMILY_BLOCKS]
 
 
@@ -320,7 +322,7 @@ BAD_ARGS = {
         ("--env-id Nope-v0", "`Nope` doesn't exist.*module:Name-v0"),
         ("--env-id FrozenLake-v9", "version `v9`"),
         ("--env-id no_such_package:Nope-v0", "no_such_package"),
-        ("--env-id ALE/Pong-v5", "Namespace ALE not found"),
+        ("--env-id Nowhere/Pong-v5", "Namespace Nowhere not found"),
         ("--env-id Taxi-v3", "Taxi-v4"),
         ("--env-kwargs slippery", "name=value, not slippery"),
         ("--env-kwargs nonsense=1", "nonsense"),
@@ -332,6 +334,8 @@ BAD_ARGS = {
         ("--run-dir /dev/null/runs", "Not a directory"),
         ("--resume /no/such/folder", "/no/such/folder is not a run folder"),
         ("--evaluate /no/such/folder", "/no/such/folder is not a run folder"),
+    ],
+    "dyna_q dyna_q_plus cem_mpc mbpo muzero": [
         ("--gamma 1.5", "--gamma must be from (0|-1) to 1, not 1.5"),
         ("--gamma nan", "--gamma must be from (0|-1) to 1, not nan"),
     ],
@@ -365,13 +369,25 @@ BAD_ARGS = {
     ],
     "muzero": [
         ("--env-id Pendulum-v1", "actions must be Discrete.*cem_mpc.py"),
-        ("--env-id Blackjack-v1", "must be Discrete or a Box.*dreamer.py"),
+        ("--env-id Blackjack-v1", "must be Discrete, an image .* not Tuple"),
+        ("--network conv", "--network conv is for observations .height, width, channels."),
+        ("--consistency-weight -1", "--consistency-weight must be"),
+        ("--reanalyze-ratio nan", "--reanalyze-ratio must be"),
+        ("--play /no/such/folder", "/no/such/folder is not a run folder"),
         ("--num-envs 0", "--num-envs must be"),
         ("--num-simulations 0", "--num-simulations must be"),
         ("--temperature 0", "--temperature must be"),
         ("--unroll-steps -1", "--unroll-steps must be"),
         ("--support 0", "--support must be"),
         ("--learning-rate nan", "--learning-rate must be"),
+    ],
+    "dreamer": [
+        ("--env-id Blackjack-v1", "observations must be .* not Tuple"),
+        ("--horizon 0", "--horizon must be"),
+        ("--batch-length 0", "--batch-length must be"),
+        ("--train-ratio nan", "--train-ratio must be"),
+        ("--replay-size 8", "more than one sequence of each environment"),
+        ("--device mps", "there is none that PyTorch can use"),
     ],
     "mbpo": [
         ("--env-id FrozenLake-v1", "must be a Box.*dyna_q.py"),

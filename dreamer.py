@@ -1,0 +1,1447 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.4",
+#   "numpy>=2.0",
+#   "gymnasium>=1.2",
+#   "tyro>=0.9",
+#   "tensorboard>=2.18",
+#   "pillow>=10.1",
+#   "tqdm>=4.66",
+# ]
+# ///
+"""DreamerV3: learn a latent model of the world, and learn to act in nothing but its imagination.
+
+A recurrent network keeps a state of the world: a deterministic part that remembers, and categorical samples for what
+cannot be foreseen. It learns to foretell the samples that each new observation leads to, and to tell from the state the
+observation, the reward and whether the episode goes on. From every state it has seen it imagines some steps; an actor
+and a critic learn from these alone, and from how the real rewards went on.
+
+The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through world models"):
+
+    for each environment step:
+        Update the state by the observation, act by the actor; store the step and the state in the replay
+        every few steps (`train_ratio`):
+            Draw B sequences of T steps; infer their states                                  (world model, eq. 1 to 5)
+            Imagine H steps of the actor from each of the B * T states
+            lambda-returns of the imagined rewards and values                                (critic, eq. 6 and 7)
+            Update the world model, and by the returns the critic and, scaled by their range, the actor (eq. 8 and 9)
+            Store the states that were inferred
+
+Names and details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: the
+decoder treats one-hot choices like numbers; where an observation has several pictures, they are one with more channels.
+
+Run:     python dreamer.py
+         python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512     (with a GPU)
+         python dreamer.py --help
+Expect:  In the making: nothing was learned with it yet.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+class Failure(Exception):
+    """Something the user can fix. `main` prints it as one line and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Args
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:
+    """DreamerV3 (Hafner et al. 2025)."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id, `module:Name-v0` for another package's."""
+    env_kwargs: tuple[str, ...] = ()
+    """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
+    total_timesteps: int = 30_000
+    """Environment steps (calls of `env.step`) to learn for."""
+    seed: int = 1
+    """Seed of every random draw: the agent's, the episodes', the evaluation's."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the networks are; `auto` takes a GPU where there is one."""
+    threads: int = 1
+    """CPU threads; two runs side by side get more done than one with two threads."""
+    compile: bool = False
+    """Compile the recurrent core with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    eval_every: int = 1_000
+    """Environment steps between two evaluations (greedy policy, environment of its own)."""
+    eval_episodes: int = 5
+    """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
+    checkpoint_every: int = 5_000
+    """Environment steps between two checkpoints."""
+    run_dir: str = "runs"
+    """Folder in which the run's own folder is made."""
+    resume: str | None = None
+    """Run folder to continue exactly where its last checkpoint was written."""
+    evaluate: str | None = None
+    """Run folder whose agent to evaluate, without learning; nothing but videos is added to the folder."""
+    capture_video: bool = False
+    """Record the first episode of each evaluation as a GIF in the run folder."""
+
+    atari: bool = False
+    """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
+    image_size: int = 64
+    """Side to which pictures are resized; 0: they stay as they are."""
+
+    num_envs: int = 4
+    """Environments that are played side by side."""
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"
+    """Widths of the networks, by their number of parameters (DreamerV3: 200m, 1 percent of it for vectors)."""
+    bf16: bool = False
+    """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
+    learning_starts: int = 1_024
+    """Steps before the first update."""
+    train_ratio: float = 64.0
+    """Steps that are replayed for each environment step (DreamerV3: 32 to 1024)."""
+    batch_size: int = 8
+    """Sequences of an update (DreamerV3: 16)."""
+    batch_length: int = 32
+    """Steps of each (DreamerV3: 64)."""
+    replay_size: int = 100_000
+    """Steps in the replay (DreamerV3: 5,000,000)."""
+    replay_on_disk: bool = False
+    """Keep observations in files in the run folder and not in memory: a checkpoint then does not copy them."""
+    learning_rate: float = 4e-5
+    """Step size of the optimizer (DreamerV3: 4e-5)."""
+    warmup: int = 1_000
+    """Updates during which the step size rises from 0 (DreamerV3: 1000)."""
+    imagination_horizon: int = 15
+    """Steps imagined (DreamerV3: 15)."""
+    horizon: int = 333
+    """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
+
+    def __post_init__(self):
+        check_ranges(
+            self,
+            total_timesteps=(0, math.inf),
+            seed=(0, 2**32 - 1),
+            threads=(1, 1024),
+            eval_every=(1, math.inf),
+            eval_episodes=(1, math.inf),
+            checkpoint_every=(1, math.inf),
+            image_size=(0, 4096),
+            num_envs=(1, 10**5),
+            learning_starts=(1, math.inf),
+            train_ratio=(0, 10**6),
+            batch_size=(1, 10**5),
+            batch_length=(1, 10**5),
+            replay_size=(1, 10**10),
+            learning_rate=(1e-12, 1),
+            warmup=(0, math.inf),
+            imagination_horizon=(1, 1000),
+            horizon=(1, math.inf),
+        )
+        if self.replay_size // self.num_envs <= self.batch_length:
+            raise Failure("--replay-size must hold more than one sequence of each environment")
+
+
+# Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
+PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
+    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(args, name)) <= high:
+            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+# ---------------------------------------------------------------------------------------------------------------------
+def wrap(env: gym.Env, args: Args) -> gym.Env:
+    """The environment with what `--atari` puts around it."""
+    if not args.atari:
+        return env
+    env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+    space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    return gym.wrappers.TransformObservation(env, lambda obs: np.moveaxis(obs, 0, -1), space)
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    """`gym.make` with the options of `args.env_kwargs`; raises Failure where the environment cannot be made."""
+
+    def literal(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+    if wrong := [option for option in args.env_kwargs if "=" not in option]:
+        raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
+    try:
+        kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
+        kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
+        env = wrap(gym.make(args.env_id, render_mode=render_mode, **kwargs), args)
+        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+            env.reset(seed=0)
+            env.render()
+        return env
+    except Exception as error:
+        unknown = isinstance(error, gym.error.UnregisteredEnv)
+        hint = "; an environment of another package is named module:Name-v0" if unknown else ""
+        raise Failure(f"cannot make the environment {args.env_id}: {error}{hint}") from error
+
+
+def check_observation(obs: Any, space: gym.Space) -> None:
+    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    if isinstance(space, gym.spaces.Dict):
+        for name, part in space.items():
+            check_observation(obs[name], part)
+    elif isinstance(space, gym.spaces.Box):
+        if np.shape(obs) != space.shape or not np.isfinite(obs).all():
+            raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape}")
+    elif not space.contains(obs):
+        raise ValueError(f"observation {obs!r} is not in {space}")
+
+
+def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Raises Failure for spaces that this script does not handle."""
+    parts = observation_space.values() if isinstance(observation_space, gym.spaces.Dict) else [observation_space]
+    known = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+    if unknown := [part for part in parts if not isinstance(part, known)]:
+        raise Failure(
+            f"observations must be Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them, not {unknown[0]}"
+        )
+    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"actions must be Discrete or a Box with bounds, not {action_space}")
+
+
+def memory_of(env: gym.Env) -> dict:
+    """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
+    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+
+
+def seed_of(*key: int) -> int:
+    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+
+    The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
+    """
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+class Episode:
+    """Runs an environment episode after episode, and can come back to the middle of one.
+
+    Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
+    holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
+    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    """
+
+    def __init__(self, env: gym.Env, *key: int):
+        self.env, self.key, self.index = env, key, -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts the next episode: `obs` and `info` are its first."""
+        self.index += 1
+        self.memory = memory_of(self.env)
+        self.actions: list[Any] = []
+        self.episodic_return = 0.0
+        try:
+            self.obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
+            check_observation(self.obs, self.env.observation_space)
+        except Exception as error:
+            raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
+        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
+        try:
+            self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+            check_observation(self.obs, self.env.observation_space)
+            if not math.isfinite(reward):
+                raise ValueError(f"reward is {reward}")
+        except Exception as error:
+            where = f"step {len(self.actions) + 1} of episode {self.index}"
+            raise Failure(f"{where}: {type(error).__name__}: {error}") from error
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, float(reward), bool(terminated), bool(truncated)
+
+    def state_dict(self) -> dict:
+        actions = [action if isinstance(action, int) else np.asarray(action).tolist() for action in self.actions]
+        return {"index": self.index, "memory": self.memory, "actions": actions}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["memory"]:
+            self.env.unwrapped.load_state_dict(state["memory"])
+        self.index = state["index"] - 1
+        self.reset()
+        for action in state["actions"]:
+            self.step(action if isinstance(action, int) else np.array(action, self.env.action_space.dtype))
+
+
+Array = np.ndarray
+Parameters = list[nn.Parameter]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas
+# ---------------------------------------------------------------------------------------------------------------------
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(|x| + 1): large numbers small, small ones as they are."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return x.sign() * x.abs().expm1()
+
+
+def make_bins(count: int = 255) -> Tensor:
+    """Values of the two-hot distribution: symexp of equal steps from -20 to 20, exactly symmetric around 0."""
+    half = symexp(torch.linspace(-20, 0, count // 2 + 1))
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+    """Cross-entropy (...) of logits (..., bins) to targets (...), each spread over the two bins next to it."""
+    above = torch.searchsorted(bins, target.contiguous()).clamp(max=len(bins) - 1)  # the first bin that is not below it
+    below = (above - (bins[above] > target).long()).clamp(min=0)
+    to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
+    same = below == above
+    total = torch.where(same, 2.0, to_below + to_above)
+    weights = torch.where(same, 1.0, to_above) / total, torch.where(same, 1.0, to_below) / total
+    log_prob = logits.log_softmax(-1)
+    return -sum(
+        weight * log_prob.gather(-1, index[..., None]).squeeze(-1)
+        for weight, index in zip(weights, (below, above), strict=True)
+    )
+
+
+def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Expectation (...). Bins of the same size cancel before the sum does, so that equal logits give exactly 0."""
+    weighted, middle = logits.softmax(-1) * bins, len(bins) // 2
+    return (weighted[..., :middle] + weighted[..., middle + 1 :].flip(-1)).sum(-1) + weighted[..., middle]
+
+
+def unimix(logits: Tensor, share: float = 0.01) -> Tensor:
+    """Log-probabilities of a mixture with 1 % of the uniform distribution, so that none is ever 0."""
+    return ((1 - share) * logits.softmax(-1) + share / logits.shape[-1]).log()
+
+
+def sample_onehot(log_prob: Tensor, generator: torch.Generator) -> Tensor:
+    """One-hot samples by the Gumbel-max trick."""
+    uniform = torch.rand(log_prob.shape, generator=generator, device=log_prob.device).clamp(min=1e-20)
+    return F.one_hot((log_prob - (-uniform.log()).log()).argmax(-1), log_prob.shape[-1]).to(log_prob.dtype)
+
+
+def straight_through(sample: Tensor, log_prob: Tensor) -> Tensor:
+    """The sample, with the gradient of the probabilities."""
+    prob = log_prob.exp()
+    return sample + prob - prob.detach()
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL divergence (...) of latents (..., stoch, classes), summed over them."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+def lambda_return(last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, disc: float, lam: float = 0.95) -> Tensor:
+    """(B, T) each -> (B, T - 1): ret[t] = rew[t+1] + live * ((1 - cont) * boot[t+1] + cont * ret[t+1]), where live is
+    disc * (1 - term[t+1]), and cont is lam * (1 - last[t+1]): what comes after an end of episode is not its future."""
+    live, cont = disc * (1 - term[:, 1:]), lam * (1 - last[:, 1:])
+    interim, returns = rew[:, 1:] + (1 - cont) * live * boot[:, 1:], [boot[:, -1]]
+    for t in reversed(range(interim.shape[1])):
+        returns.append(interim[:, t] + live[:, t] * cont[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], dim=1)
+
+
+class LaProp(torch.optim.Optimizer):
+    """LaProp (Ziyin et al. 2020) behind adaptive gradient clipping (Brock et al. 2021): the gradient of each tensor is
+    not longer than `agc` times the tensor; it is divided by its root mean square, then averaged. The step size rises
+    linearly from 0 during `warmup` updates."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        lr: float = 4e-5,
+        agc: float = 0.3,
+        warmup: int = 1000,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-20,
+    ):
+        super().__init__(parameters, {"lr": lr})
+        self.agc, self.warmup, self.beta1, self.beta2, self.eps = agc, warmup, beta1, beta2, eps
+        (self.group,) = self.param_groups
+        for parameter in self.group["params"]:
+            self.state[parameter] = {"nu": torch.zeros_like(parameter), "mu": torch.zeros_like(parameter)}
+        self.group["step"] = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates all parameters; each needs a gradient."""
+        (group,) = self.param_groups
+        parameters, done = group["params"], group["step"]
+        gradients = [parameter.grad for parameter in parameters]
+        nu, mu = ([self.state[parameter][name] for parameter in parameters] for name in ("nu", "mu"))
+        long = torch.stack(torch._foreach_norm(gradients))
+        most = self.agc * torch.stack(torch._foreach_norm(parameters)).clamp(min=1e-3)
+        gradients = torch._foreach_mul(gradients, list((1 / (long / most).clamp(min=1)).unbind()))
+
+        group["step"] = done + 1
+        torch._foreach_mul_(nu, self.beta2)
+        torch._foreach_addcmul_(nu, gradients, gradients, 1 - self.beta2)
+        scale = torch._foreach_div(nu, 1 - self.beta2 ** (done + 1))
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, self.eps)
+        torch._foreach_div_(gradients, scale)
+        torch._foreach_lerp_(mu, gradients, 1 - self.beta1)
+        rate = group["lr"] * (min(1.0, done / self.warmup) if self.warmup else 1.0)
+        torch._foreach_add_(parameters, mu, alpha=-rate / (1 - self.beta1 ** (done + 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+class Size(NamedTuple):
+    """Widths of the networks."""
+
+    deter: int  # deterministic state
+    hidden: int  # layers of the state's dynamics
+    classes: int  # of each of the `stoch` categorical latents
+    depth: int  # channels of the first convolution, over 2
+    units: int  # layers of encoder, decoder and heads
+    stoch: int = 32
+    blocks: int = 8  # of the recurrent weights
+
+
+SIZES = {
+    "1m": Size(512, 64, 4, 4, 64),
+    "12m": Size(2048, 256, 16, 16, 256),
+    "25m": Size(3072, 384, 24, 24, 384),
+    "50m": Size(4096, 512, 32, 32, 512),
+    "100m": Size(6144, 768, 48, 48, 768),
+    "200m": Size(8192, 1024, 64, 64, 1024),
+    "400m": Size(12288, 1536, 96, 96, 1536),
+}
+
+
+def initialise(weight: Tensor, fan_in: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Normal, cut at two standard deviations, of variance scale^2 / fan_in after the cut."""
+    if scale:
+        std = 1.1368 * scale / math.sqrt(fan_in)
+        return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    return nn.init.zeros_(weight)
+
+
+def linear(fan_in: int, fan_out: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:
+    """A layer with our initial values."""
+    layer = nn.Linear(fan_in, fan_out, device=generator.device)
+    initialise(layer.weight.data, fan_in, scale, generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Norm(nn.Module):
+    """Root-mean-square normalisation of the last dimension, in single precision, then SiLU."""
+
+    def __init__(self, size: int, device: torch.device):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4)).to(x.dtype)
+
+
+class BlockLinear(nn.Module):
+    """A linear layer of `blocks` blocks that do not see each other: (..., in) -> (..., out)."""
+
+    def __init__(self, fan_in: int, fan_out: int, blocks: int, generator: torch.Generator):
+        super().__init__()
+        weight = torch.empty(blocks, fan_in // blocks, fan_out // blocks, device=generator.device)
+        self.weight = nn.Parameter(initialise(weight, fan_in, 1.0, generator))  # the fan-in is that of all blocks
+        self.bias = nn.Parameter(torch.zeros(blocks, 1, fan_out // blocks, device=generator.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (blocks, B, in / blocks) -> (blocks, B, out / blocks)."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(fan_in: int, units: int, layers: int, generator: torch.Generator) -> nn.Sequential:
+    """`layers` layers, each normalised."""
+    sizes = [fan_in] + layers * [units]
+    parts = [(linear(*pair, generator), Norm(units, generator.device)) for pair in itertools.pairwise(sizes)]
+    return nn.Sequential(*itertools.chain(*parts))
+
+
+def head(fan_in: int, out: int, units: int, layers: int, scale: float, generator: torch.Generator) -> nn.Sequential:
+    """An MLP with a last layer whose initial weights are scaled."""
+    return nn.Sequential(*mlp(fan_in, units, layers, generator), linear(units, out, generator, scale))
+
+
+class Latent(NamedTuple):
+    """A state of the model: deterministic part (..., deter), samples (..., stoch, classes)."""
+
+    deter: Tensor
+    stoch: Tensor
+
+    def feature(self) -> Tensor:
+        """What the heads see, (..., stoch * classes + deter)."""
+        return torch.cat([self.stoch.flatten(-2), self.deter], -1)
+
+    def index(self, where: Any) -> "Latent":
+        return Latent(self.deter[where], self.stoch[where])
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: what the state becomes after an action, before (prior) and after (posterior) it is
+    known what was observed."""
+
+    def __init__(self, tokens: int, actions: int, size: Size, generator: torch.Generator):
+        super().__init__()
+        self.size, hidden, latents = size, size.hidden, size.stoch * size.classes
+        self.inputs = nn.ModuleList(mlp(width, hidden, 1, generator) for width in (size.deter, latents, actions))
+        self.hidden = BlockLinear(size.deter + 3 * hidden * size.blocks, size.deter, size.blocks, generator)
+        self.norm = Norm(size.deter, generator.device)
+        self.gates = BlockLinear(size.deter, 3 * size.deter, size.blocks, generator)
+        self.posterior = head(size.deter + tokens, latents, hidden, 1, 1.0, generator)
+        self.prior = head(size.deter, latents, hidden, 2, 1.0, generator)
+
+    def initial(self, count: int) -> Latent:
+        """The state before an episode: zeros."""
+        size, like = self.size, self.norm.scale
+        return Latent(like.new_zeros(count, size.deter), like.new_zeros(count, size.stoch, size.classes))
+
+    def blocked(self, x: Tensor) -> Tensor:
+        """(B, n) -> (blocks, B, n / blocks)."""
+        return x.view(len(x), self.size.blocks, -1).transpose(0, 1)
+
+    def core(self, latent: Latent, action: Tensor) -> Tensor:
+        """The deterministic part after an action (B, A)."""
+        action = action / action.abs().clamp(min=1).detach()
+        inputs = (latent.deter, latent.stoch.flatten(1), action)
+        x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
+        x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
+        x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
+        reset, cand, update = (
+            self.gates(self.blocked(x)).transpose(0, 1).chunk(3, dim=-1)
+        )  # (B, blocks, deter / blocks)
+        cand = (reset.sigmoid() * cand).tanh().flatten(1)
+        update = (update - 1).sigmoid().flatten(1)
+        return update * cand + (1 - update) * latent.deter
+
+    def logits(self, found: Tensor) -> Tensor:
+        """(..., stoch * classes) -> log-probabilities (..., stoch, classes)."""
+        return unimix(found.unflatten(-1, (self.size.stoch, self.size.classes)))
+
+    def observe_step(
+        self, latent: Latent, action: Tensor, reset: Tensor, tokens: Tensor, generator: torch.Generator
+    ) -> tuple[Latent, Tensor]:
+        """The state after the previous action and the new observation, and its posterior (B, stoch, classes). Where an
+        episode begins, state and action before it are zero."""
+        keep = (~reset).to(latent.deter.dtype)[:, None]
+        latent = Latent(latent.deter * keep, latent.stoch * keep[..., None])
+        deter = self.core(latent, action * keep)
+        posterior = self.logits(self.posterior(torch.cat([deter, tokens], -1)))
+        return Latent(deter, straight_through(sample_onehot(posterior.detach(), generator), posterior)), posterior
+
+    def observe(
+        self, latent: Latent, action: Tensor, reset: Tensor, tokens: Tensor, generator: torch.Generator
+    ) -> tuple[Latent, Tensor]:
+        """The same for sequences: action (B, T, A), of which [t] is the one before observation [t]."""
+        latents, posteriors = [], []
+        for t in range(action.shape[1]):
+            latent, posterior = self.observe_step(latent, action[:, t], reset[:, t], tokens[:, t], generator)
+            latents.append(latent)
+            posteriors.append(posterior)
+        deter, stoch = (torch.stack(parts, 1) for parts in zip(*latents, strict=True))
+        return Latent(deter, stoch), torch.stack(posteriors, 1)
+
+    def imagine_step(self, latent: Latent, action: Tensor, generator: torch.Generator) -> Latent:
+        """The state after an action, as the prior has it."""
+        deter = self.core(latent, action)
+        return Latent(deter, sample_onehot(self.logits(self.prior(deter)), generator))
+
+
+class Convolution(nn.Module):
+    """5 x 5, same size; normalised over channels unless it is the last one. Pictures are (B, C, H, W)."""
+
+    def __init__(self, fan_in: int, fan_out: int, pool: bool, last: bool, generator: torch.Generator):
+        super().__init__()
+        self.conv = nn.Conv2d(fan_in, fan_out, 5, padding=2, device=generator.device)
+        initialise(self.conv.weight.data, 25 * fan_in, 1.0, generator)
+        nn.init.zeros_(self.conv.bias)
+        self.pool, self.norm = pool, None if last else Norm(fan_out, generator.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = F.max_pool2d(x, 2) if self.pool else x
+        return x if self.norm is None else self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Shapes(NamedTuple):
+    """What an environment's observations and actions are made of."""
+
+    vector: int  # numbers, 0: none
+    image: tuple[int, int, int] | None  # height, width, channels
+    action: int  # numbers or, if discrete, choices
+    discrete: bool
+
+    def depths(self, size: Size) -> list[int]:
+        """Channels after each halving of an image, down to 4 x 4 (for sides of 4 * 2^n)."""
+        stages = max(1, round(math.log2(min(self.image[:2]) / 4)))
+        return [size.depth * factor for factor in (*[2] * (stages - 4), 2, 3, 4, 4)[-stages:]]
+
+
+class Encoder(nn.Module):
+    """Observations to tokens."""
+
+    def __init__(self, shapes: Shapes, size: Size, generator: torch.Generator):
+        super().__init__()
+        self.width = 0
+        if shapes.vector:
+            self.vector, self.width = mlp(shapes.vector, size.units, 3, generator), size.units
+        if shapes.image:
+            height, width, channels = shapes.image
+            depths = shapes.depths(size)
+            pairs = itertools.pairwise([channels, *depths])
+            self.image = nn.Sequential(*(Convolution(*pair, True, False, generator) for pair in pairs))
+            self.width += depths[-1] * (height >> len(depths)) * (width >> len(depths))
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        """vector (..., V), image (..., H, W, C) of bytes -> (..., width)."""
+        found = []
+        if "vector" in obs:
+            found.append(self.vector(obs["vector"]))
+        if "image" in obs:
+            *lead, height, width, channels = obs["image"].shape
+            image = obs["image"].reshape(-1, height, width, channels).movedim(-1, 1).float() / 255 - 0.5
+            found.append(self.image(image).flatten(1).view(*lead, -1))
+        return torch.cat(found, -1)
+
+
+class Decoder(nn.Module):
+    """Latent states to observations."""
+
+    def __init__(self, shapes: Shapes, size: Size, generator: torch.Generator):
+        super().__init__()
+        latents = size.stoch * size.classes
+        if shapes.vector:
+            self.vector = head(latents + size.deter, shapes.vector, size.units, 3, 1.0, generator)
+        if shapes.image:
+            height, width, channels = shapes.image
+            *depths, deepest = shapes.depths(size)
+            self.smallest = (deepest, height >> len(depths) + 1, width >> len(depths) + 1)
+            self.spread = BlockLinear(size.deter, math.prod(self.smallest), size.blocks, generator)
+            self.other = head(latents, math.prod(self.smallest), 2 * size.units, 1, 1.0, generator)
+            self.norm = Norm(deepest, generator.device)
+            pairs = itertools.pairwise([deepest, *reversed(depths), channels])
+            self.image = nn.ModuleList(
+                Convolution(*pair, False, index == len(depths), generator) for index, pair in enumerate(pairs)
+            )
+
+    def forward(self, latent: Latent) -> dict[str, Tensor]:
+        """vector (..., V) and image (..., H, W, C), 0 to 1."""
+        found = {}
+        if hasattr(self, "vector"):
+            found["vector"] = self.vector(latent.feature())
+        if hasattr(self, "image"):
+            deter, stoch = latent.deter.flatten(0, -2), latent.stoch.flatten(-2).flatten(0, -2)
+            blocks = len(self.spread.weight)
+            channels, height, width = self.smallest
+            spread = self.spread(deter.view(len(deter), blocks, -1).transpose(0, 1))  # each block has its own channels
+            spread = spread.view(blocks, -1, height, width, channels // blocks).permute(1, 2, 3, 0, 4).flatten(3)
+            x = self.norm(spread + self.other(stoch).view(-1, height, width, channels)).movedim(-1, 1)
+            for layer in self.image:
+                x = layer(F.interpolate(x, scale_factor=2))
+            found["image"] = x.sigmoid().movedim(1, -1).unflatten(0, latent.deter.shape[:-1])
+        return found
+
+
+LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
+
+
+class Percentiles:
+    """The range of returns: moving averages of their 5th and 95th percentiles, from 0, with no correction of bias."""
+
+    def __init__(self, device: torch.device):
+        self.low, self.high = torch.zeros(2, device=device)
+
+    def update(self, returns: Tensor, rate: float = 0.01) -> Tensor:
+        """Takes in returns, then gives the scale, at least 1."""
+        returns = returns.detach().float().flatten()
+        low, high = (torch.quantile(returns, share) for share in (0.05, 0.95))
+        self.low, self.high = self.low.lerp(low, rate), self.high.lerp(high, rate)
+        return (self.high - self.low).clamp(min=1)
+
+
+class Policy(NamedTuple):
+    """Distribution of actions: log-probabilities of a Discrete space, else mean and standard deviation."""
+
+    log_prob: Tensor | None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """(..., A), one-hot if discrete."""
+        if self.log_prob is not None:
+            return sample_onehot(self.log_prob, generator)
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        """The most likely action."""
+        if self.log_prob is not None:
+            return F.one_hot(self.log_prob.argmax(-1), self.log_prob.shape[-1]).float()
+        return self.mean
+
+    def log_density(self, action: Tensor) -> Tensor:
+        """Of actions (..., A), (...)."""
+        if self.log_prob is not None:
+            return (self.log_prob * action).sum(-1)
+        z = (action - self.mean) / self.std
+        return (-0.5 * z**2 - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """(...)."""
+        if self.log_prob is not None:
+            return -(self.log_prob.exp() * self.log_prob).sum(-1)
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def make_policy(found: Tensor, discrete: bool) -> Policy:
+    """The distribution from what the actor's network gives."""
+    if discrete:
+        return Policy(unimix(found))
+    mean, std = found.float().chunk(2, dim=-1)
+    return Policy(None, mean.tanh(), 0.9 * (std + 2).sigmoid() + 0.1)
+
+
+class Networks(nn.Module):
+    """All that is trained."""
+
+    def __init__(self, shapes: Shapes, size: Size, generator: torch.Generator):
+        super().__init__()
+        self.discrete, feature, units = shapes.discrete, size.deter + size.stoch * size.classes, size.units
+        bins = make_bins().to(generator.device)
+        self.register_buffer("bins", bins, persistent=False)
+        self.encoder = Encoder(shapes, size, generator)
+        self.rssm = RSSM(self.encoder.width, shapes.action, size, generator)
+        self.decoder = Decoder(shapes, size, generator)
+        self.reward = head(feature, len(bins), units, 1, 0.0, generator)
+        self.going = head(feature, 1, units, 1, 1.0, generator)
+        self.actor = head(feature, shapes.action * (1 if self.discrete else 2), units, 3, 0.01, generator)
+        self.critic = head(feature, len(bins), units, 3, 0.0, generator)
+
+    def policy(self, feature: Tensor) -> Policy:
+        return make_policy(self.actor(feature), self.discrete)
+
+
+def imagination_loss(
+    rew: Tensor,
+    con: Tensor,
+    log_density: Tensor,
+    entropy: Tensor,
+    value: Tensor,
+    slow_value: Tensor,
+    bins: Tensor,
+    percentiles: Percentiles,
+    lam: float = 0.95,
+    actent: float = 3e-4,
+    slowreg: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
+    on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
+    slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
+    val, slowval = twohot_mean(value, bins).detach(), twohot_mean(slow_value, bins)
+    weight = con.cumprod(1)[:, :-1]  # con has the discount in it
+    ret = lambda_return(torch.zeros_like(con), 1 - con, rew, val, 1.0, lam)
+    adv = (ret - val[:, :-1]) / percentiles.update(ret)
+    policy_loss = -weight * (log_density * adv + actent * entropy)
+    targets = (ret, slowval[:, :-1])
+    to_return, to_slow = (twohot_loss(value[:, :-1], target, bins) for target in targets)
+    return policy_loss, weight * (to_return + slowreg * to_slow), ret
+
+
+def replay_value_loss(
+    last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, value: Tensor, slow_value: Tensor, bins: Tensor, disc: float
+) -> Tensor:
+    """The critic on real sequences, (B, T) -> (B, T - 1); `boot`: the imagined return from each state."""
+    ret = lambda_return(last, term, rew, boot, disc)
+    targets = (ret, twohot_mean(slow_value, bins)[:, :-1])
+    to_return, to_slow = (twohot_loss(value[:, :-1], target.detach(), bins) for target in targets)
+    return (1 - last[:, :-1]) * (to_return + to_slow)
+
+
+def dreamer_loss(
+    nets: Networks,
+    slow_critic: nn.Module,
+    batch: dict[str, Tensor],
+    start: Latent,
+    percentiles: Percentiles,
+    generator: torch.Generator,
+    horizon: int,
+    disc: float,
+) -> tuple[dict[str, Tensor], Latent, dict[str, Tensor]]:
+    """World model, actor and critic. `batch`, (B, T, ...): vector, image; prev_action: the action before each
+    observation; reward: that came with it; is_first, is_last, is_terminal. Returns the losses, the posterior states
+    and what else to log."""
+    losses = {}
+    latent, post = nets.rssm.observe(start, batch["prev_action"], batch["is_first"], nets.encoder(batch), generator)
+    prior, feature = nets.rssm.logits(nets.rssm.prior(latent.deter)), latent.feature()
+    losses["dyn"] = kl(post.detach(), prior).clamp(min=1)  # free nats
+    losses["rep"] = kl(post, prior.detach()).clamp(min=1)
+    losses["rew"] = twohot_loss(nets.reward(feature), batch["reward"], nets.bins)
+    terminal, last = batch["is_terminal"].float(), batch["is_last"].float()
+    going = nets.going(feature).squeeze(-1)
+    losses["con"] = F.binary_cross_entropy_with_logits(going, (1 - terminal) * disc, reduction="none")
+    for name, found in nets.decoder(latent).items():
+        target = batch[name].float() / 255 if name == "image" else batch[name]
+        losses[name] = ((found - target) ** 2).flatten(2).sum(2)
+
+    # Imagination, from every state of the batch; nothing of it has a gradient with respect to the world model.
+    with torch.no_grad():
+        state = Latent(latent.deter.flatten(0, 1), latent.stoch.flatten(0, 1))
+        features, actions = [state.feature()], []
+        for _ in range(horizon):
+            actions.append(nets.policy(features[-1]).sample(generator))
+            state = nets.rssm.imagine_step(state, actions[-1], generator)
+            features.append(state.feature())
+        imagined, actions = torch.stack(features, 1), torch.stack(actions, 1)
+        rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.going(imagined).squeeze(-1).sigmoid()
+        slow_value = slow_critic(imagined)
+    policy, value = nets.policy(imagined[:, :-1]), nets.critic(imagined)
+    log_density, entropy = policy.log_density(actions), policy.entropy()
+    losses["policy"], losses["value"], ret = imagination_loss(
+        rew, con, log_density, entropy, value, slow_value, nets.bins, percentiles
+    )
+    boot = ret[:, 0].view(last.shape)
+    with torch.no_grad():
+        slow_value = slow_critic(feature)
+    losses["repval"] = replay_value_loss(
+        last, terminal, batch["reward"], boot, nets.critic(feature), slow_value, nets.bins, disc
+    )
+    logs = {
+        "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
+        "model/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
+        "planner/imagined_return": ret.mean(),
+        "planner/imagined_reward": rew[:, 1:].mean(),
+        "planner/policy_entropy": entropy.mean(),
+    }
+    means = {name: loss.mean() for name, loss in losses.items()}
+    return means, Latent(latent.deter.detach(), latent.stoch.detach()), logs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffer
+# ---------------------------------------------------------------------------------------------------------------------
+class Replay:
+    """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
+    is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state of then.
+
+    Sequences are drawn uniformly by where they begin, but each new one of `length` is served once before. With a
+    `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in which no
+    sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
+    """
+
+    def __init__(
+        self, shapes: Shapes, size: Size, streams: int, capacity: int, length: int, spare: int, folder: Path | None
+    ):
+        self.capacity, self.length, self.folder, rows = capacity, length, folder, capacity + spare
+        fixed = {"action": ((shapes.action,), np.float32), "reward": ((), np.float32)}
+        fixed |= {name: ((), np.bool_) for name in ("is_first", "is_last", "is_terminal")}
+        if shapes.vector:
+            fixed["vector"] = ((shapes.vector,), np.float32)
+        if shapes.image:
+            fixed["image"] = (shapes.image, np.uint8)
+        self.fixed = {name: self.make(name, (streams, rows, *shape), dtype) for name, (shape, dtype) in fixed.items()}
+        self.deter = np.zeros((streams, rows, size.deter), np.float32)
+        self.stoch = np.zeros((streams, rows, size.stoch), np.int16)  # which class
+        self.added = np.zeros(streams, np.int64)
+        self.fresh: list[tuple[int, int]] = []  # stream and first row of sequences to be served once
+
+    def make(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros, in memory or in a file."""
+        if self.folder is None:
+            return np.zeros(shape, dtype)
+        path = self.folder / f"{name}.npy"
+        if path.exists():
+            return np.lib.format.open_memmap(path, "r+")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+    def add(self, stream: int, deter: Array, stoch: Array, **row: Any) -> None:
+        """Appends a step to a stream."""
+        at = self.added[stream] % self.deter.shape[1]
+        for name, column in self.fixed.items():
+            column[stream, at] = row[name]
+        self.deter[stream, at], self.stoch[stream, at] = deter, stoch
+        self.added[stream] += 1
+        if self.added[stream] % self.length == 0:
+            self.fresh.append((stream, int(self.added[stream] - self.length)))
+
+    def starts(self) -> Array:
+        """How many sequences each stream has, (streams,)."""
+        return np.maximum(np.minimum(self.added, self.capacity) - self.length + 1, 0)
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        """Where they are, (count, 1) and (count, length), and sequences (count, length, ...)."""
+        starts = self.starts()
+        stream = rng.choice(len(starts), size=count, p=starts / starts.sum())
+        first = (self.added - self.length)[stream] - (rng.random(count) * starts[stream]).astype(np.int64)
+        served, self.fresh = self.fresh[:count], self.fresh[count:]
+        for index, (fresh_stream, fresh_first) in enumerate(served):
+            if fresh_first >= self.added[fresh_stream] - self.capacity:
+                stream[index], first[index] = fresh_stream, fresh_first
+        where = stream[:, None], (first[:, None] + np.arange(self.length)) % self.deter.shape[1]
+        columns = {name: column[where] for name, column in self.fixed.items()}
+        return where, columns | {"deter": self.deter[where], "stoch": self.stoch[where]}
+
+    def refresh(self, where: tuple[Array, Array], deter: Array, stoch: Array) -> None:
+        """Puts new latent states there."""
+        self.deter[where], self.stoch[where] = deter, stoch
+
+    def state_dict(self) -> dict:
+        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
+        used = min(int(self.added.max(initial=0)), self.deter.shape[1])
+        for column in self.fixed.values():
+            if self.folder:
+                column.flush()
+        state = {name: torch.from_numpy(column[:, :used].copy()) for name, column in columns.items()}
+        return state | {"added": self.added.tolist(), "fresh": self.fresh}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
+        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
+        for name, column in columns.items():
+            column[:, : state[name].shape[1]] = state[name].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agent
+# ---------------------------------------------------------------------------------------------------------------------
+class Observer:
+    """Turns observations of a space into what the networks see: one vector, in which the numbers of a Box are passed
+    through symlog and choices are one-hot, and one picture of bytes, resized to `image_size` where that is above 0."""
+
+    def __init__(self, space: gym.Space, image_size: int):
+        self.space, self.image_size = space, image_size
+        vector, image = self.parts(space, space.sample())
+        self.vector = sum(len(part) for part in vector)
+        self.image = np.concatenate(image, axis=-1).shape if image else None
+        if self.image and (min(self.image[:2]) < 8 or any(side % 8 for side in self.image[:2])):
+            raise Failure(f"--image-size must make the sides of {space} multiples of 8, and 8 at least")
+
+    def parts(self, space: gym.Space, obs: Any) -> tuple[list[Array], list[Array]]:
+        """The vectors and the pictures that an observation is made of."""
+        if isinstance(space, gym.spaces.Dict):
+            found = [self.parts(part, obs[name]) for name, part in space.items()]
+            return [part for vector, _ in found for part in vector], [part for _, image in found for part in image]
+        if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
+            image = np.asarray(obs).reshape(*space.shape[:2], -1)
+            if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
+                pictures = torch.from_numpy(image.copy()).movedim(-1, 0)[None].float()
+                pictures = F.interpolate(pictures, (self.image_size, self.image_size), mode="area")
+                image = pictures[0].movedim(0, -1).round().byte().numpy()
+            return [], [image]
+        if isinstance(space, gym.spaces.Box):
+            values = np.asarray(obs, np.float64).reshape(-1)
+            return [(np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)], []
+        return [np.asarray(gym.spaces.flatten(space, obs), np.float32).reshape(-1)], []
+
+    def __call__(self, obs: Any) -> dict[str, Array]:
+        vector, image = self.parts(self.space, obs)
+        found = {"vector": np.concatenate(vector)} if vector else {}
+        return found | ({"image": np.concatenate(image, axis=-1)} if image else {})
+
+
+class Agent:
+    """World model, actor, critic and replay: `act` follows the latent state, `observe` stores, `update` trains.
+
+    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
+    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args, folder: Path | None = None):
+        check_spaces(observation_space, action_space)
+        self.args, self.device, self.action_space = args, find_device(args.device), action_space
+        self.observer, discrete = (
+            Observer(observation_space, args.image_size),
+            isinstance(action_space, gym.spaces.Discrete),
+        )
+        actions = int(action_space.n) if discrete else math.prod(action_space.shape)
+        self.shapes = Shapes(self.observer.vector, self.observer.image, actions, discrete)
+        self.size, self.generator = SIZES[args.size], torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
+        self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
+        self.nets = Networks(self.shapes, self.size, self.generator)
+        self.slow_critic = copy.deepcopy(self.nets.critic).requires_grad_(False)
+        self.percentiles = Percentiles(self.device)
+        self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
+        if args.compile:
+            self.nets.rssm.core = torch.compile(self.nets.rssm.core)
+        rows, spare = args.replay_size // args.num_envs, 2 * args.checkpoint_every // args.num_envs + 2
+        # One row more than is trained on: its latent state is where the sequence starts.
+        streams = args.num_envs, rows, args.batch_length + 1, spare if folder else 0, folder
+        self.replay = Replay(self.shapes, self.size, *streams)
+        self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
+        self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
+        self.rewards, self.seen = [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
+        self.steps, self.updates, self.logs, self.losses = 0, 0, {}, {}
+
+    def zero_action(self, count: int) -> Tensor:
+        return torch.zeros(count, self.shapes.action, device=self.device)
+
+    def tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(rows[name])).to(self.device) for name in rows}
+
+    @torch.inference_mode()
+    def follow(
+        self, rows: list[dict[str, Array]], latent: Latent, action: Tensor, first: Tensor, generator: torch.Generator
+    ) -> tuple[Latent, Policy]:
+        """The latent states after observations, and the policy there."""
+        tokens = self.nets.encoder(self.tensors({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+        latent, _ = self.nets.rssm.observe_step(latent, action, first, tokens, generator)
+        return latent, self.nets.policy(latent.feature())
+
+    def act_many(self, observations: list[Any], infos: list[dict | None] | None = None) -> list[Any]:
+        """Actions for all environments, drawn."""
+        self.seen = [self.observer(obs) for obs in observations]
+        self.latent, policy = self.follow(self.seen, self.latent, self.action, self.first, self.generator)
+        self.action = policy.sample(self.generator)
+        if not self.shapes.discrete:
+            self.action = self.action.clamp(-1, 1)
+        self.chose_at_first, self.first = self.first, torch.zeros_like(self.first)
+        return [self.to_env(action) for action in self.action]
+
+    def act(self, obs: Any, info: dict | None = None) -> Any:
+        """An action for the one environment there is."""
+        return self.act_many([obs])[0]
+
+    def to_env(self, action: Tensor) -> Any:
+        """One action (A,) as the environment wants it."""
+        space = self.action_space
+        if self.shapes.discrete:
+            return int(space.start) + int(action.argmax())
+        share = (action.cpu().numpy().reshape(space.shape).clip(-1, 1) + 1) / 2
+        return (space.low + share * (space.high - space.low)).astype(space.dtype)
+
+    def observe(
+        self,
+        obs: Any,
+        action: Any,
+        reward: float,
+        next_obs: Any,
+        terminated: bool,
+        truncated: bool = False,
+        env: int = 0,
+    ) -> None:
+        """Stores one step of an environment, and the state after it where an episode ends."""
+        deter, stoch = self.latent.deter[env].cpu().numpy(), self.latent.stoch[env].argmax(-1).cpu().numpy()
+        flags = {"is_first": bool(self.chose_at_first[env]), "is_last": False, "is_terminal": False}
+        row = self.seen[env] | flags | {"action": self.action[env].cpu().numpy(), "reward": self.rewards[env]}
+        self.replay.add(env, deter, stoch, **row)
+        self.steps, self.rewards[env] = self.steps + 1, float(reward)
+        if terminated or truncated:
+            flags = {"is_first": False, "is_last": True, "is_terminal": terminated, "reward": float(reward)}
+            self.replay.add(env, 0 * deter, 0 * stoch, **self.observer(next_obs), **flags, action=0.0)
+            self.rewards[env], self.first[env] = 0.0, True
+
+    def update(self) -> None:
+        """As many updates as the steps so far allow."""
+        args = self.args
+        ratio = args.train_ratio / (args.batch_size * args.batch_length)
+        while self.steps >= args.learning_starts and self.updates < (self.steps - args.learning_starts) * ratio:
+            if not self.replay.starts().any():
+                return
+            self.update_once()
+
+    def update_once(self) -> None:
+        """One update of everything, on sequences from the replay."""
+        args = self.args
+        (stream, at), rows = self.replay.sample(args.batch_size, self.rng)
+        batch = self.tensors(rows)
+        stoch = F.one_hot(batch.pop("stoch")[:, 0].long(), self.size.classes).float()
+        start = Latent(batch.pop("deter")[:, 0], stoch)
+        batch["prev_action"] = batch.pop("action")[:, :-1]
+        batch = {name: part if name == "prev_action" else part[:, 1:] for name, part in batch.items()}
+        settings = self.percentiles, self.generator, args.imagination_horizon, 1 - 1 / args.horizon
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            losses, latent, logs = dreamer_loss(self.nets, self.slow_critic, batch, start, *settings)
+            loss = sum(LOSS_SCALES.get(name, 1.0) * part for name, part in losses.items())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for slow, parameter in zip(self.slow_critic.parameters(), self.nets.critic.parameters(), strict=True):
+                slow.lerp_(parameter, 0.02)
+        self.replay.refresh((stream, at[:, 1:]), latent.deter.cpu().numpy(), latent.stoch.argmax(-1).cpu().numpy())
+        self.losses = logs | {f"losses/{name}": part.detach() for name, part in losses.items()}
+        self.updates += 1
+
+    def greedy_policy(self, seed: int) -> Callable[..., Any]:
+        """A policy (observation, info -> action) for one episode: the most likely action in each latent state."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        latent, action = self.nets.rssm.initial(1), self.zero_action(1)
+        first = torch.ones(1, dtype=torch.bool, device=self.device)
+
+        def policy(obs: Any, info: dict | None = None) -> Any:
+            nonlocal latent, action, first
+            latent, found = self.follow([self.observer(obs)], latent, action, first, generator)
+            action, first = found.mode(), torch.zeros_like(first)
+            return self.to_env(action[0])
+
+        return policy
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, by TensorBoard tag."""
+        self.logs |= {name: value.item() for name, value in self.losses.items()}
+        return self.logs
+
+    def state_dict(self) -> dict:
+        """All that the next step depends on, as tensors and plain values."""
+        self.metrics()  # so that a resumed run logs the same
+        return {
+            "nets": self.nets.state_dict(),
+            "slow_critic": self.slow_critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "percentiles": [self.percentiles.low, self.percentiles.high],
+            "replay": self.replay.state_dict(),
+            "generator": {self.device.type: self.generator.get_state()},
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "now": [*self.latent, self.action, self.first],
+            "rewards": self.rewards,
+            "counts": [self.steps, self.updates],
+            "logs": self.logs,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` gave into a newly made agent."""
+        for name in ("nets", "slow_critic", "optimizer", "replay"):
+            getattr(self, name).load_state_dict(state[name])
+        self.percentiles.low, self.percentiles.high = (part.to(self.device) for part in state["percentiles"])
+        if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
+            self.generator.set_state(state["generator"][self.device.type])
+        self.rng.bit_generator.state = json.loads(state["rng"])
+        deter, stoch, self.action, self.first = (part.to(self.device) for part in state["now"])
+        self.latent, self.rewards = Latent(deter, stoch), list(state["rewards"])
+        (self.steps, self.updates), self.logs = state["counts"], state["logs"]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto`: a GPU where there is one."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise Failure(f"--device {name}: there is none that PyTorch can use")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+CHECKPOINT = "checkpoint.pt"
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Writes nested tensors and plain values; the file is a zip archive, which keeps checksums."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads what `write_checkpoint` wrote, executing no code; raises an exception of some kind where it is damaged."""
+    with zipfile.ZipFile(path) as file:
+        if broken := file.testzip():
+            raise ValueError(f"{broken} is damaged")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def parse_args() -> Args:
+    """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    env_id = parser.parse_known_args()[0].env_id
+    args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
+    if not (folder := args.resume or args.evaluate):
+        if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
+            print(f"settings for {env_id}: {', '.join(preset)}")
+        return args
+    default = saved_args(folder)
+    args = tyro.cli(Args, default=default)
+    if args.resume and args.evaluate:
+        raise Failure("--resume and --evaluate exclude each other")
+    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
+    if changed:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    return args
+
+
+def saved_args(folder: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
+        return Args(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
+
+
+class Run:
+    """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
+
+    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
+    videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    """
+
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
+        self.args, self.agent, self.episodes = args, agent, episodes
+        self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
+        self.log_every = max(1, args.total_timesteps // 100)
+        self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+        offset = self.restore() if args.resume or args.evaluate else 0
+        if not args.evaluate:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.path / "args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}} | provenance()
+            )
+            # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
+            self.events = open(self.path / "events.out.tfevents.0", "ab")
+            self.events.truncate(offset)
+            if offset == 0:
+                rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+                summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
+                self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+                self.write(Event(wall_time=time.time(), summary=summary))
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.step, unit="step", disable=True if args.evaluate else None
+        )
+
+    def steps(self, stride: int = 1) -> Iterator[int]:
+        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
+        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        args, caught, handlers = self.args, [], {}
+
+        def stop(number: int, _: Any) -> None:
+            caught.append(number)
+            signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
+
+        if threading.current_thread() is threading.main_thread():
+            handlers.update({number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)})
+        timed_from = self.step, time.time()
+        try:
+            while self.step < args.total_timesteps and not args.evaluate:
+                yield self.step + stride
+                before, self.step = self.step, self.step + stride
+                self.bar.update(stride)
+                if self.due(self.log_every, before):
+                    sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
+                    timed_from = self.step, time.time()
+                    self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
+                if self.due(args.eval_every, before):
+                    self.evaluate()
+                if self.due(args.checkpoint_every, before) or caught:
+                    self.save()
+                if caught and self.step < args.total_timesteps:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.path}")
+                    sys.exit(128 + caught[0])
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` was reached since step `before`; at the end everything is due."""
+        return self.step >= self.args.total_timesteps or self.step // every > before // every
+
+    def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
+        """Writes scalars and pictures under their TensorBoard tags, x = environment steps. A NaN is a Failure."""
+        summary = Summary()
+        for tag, value in values.items():
+            if isinstance(value, Image.Image):
+                value.save(png := io.BytesIO(), "PNG")
+                summary.value.add(tag=tag).image.MergeFrom(Summary.Image(encoded_image_string=png.getvalue()))
+            elif math.isfinite(value):
+                summary.value.add(tag=tag, simple_value=value)
+            else:
+                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+        self.write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def log_episode(self, step: int, episode: Episode) -> None:
+        """Logs a finished episode."""
+        values = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
+        self.log(step, values)
+        self.bar.set_postfix_str(f"return {episode.episodic_return:.4g}", refresh=False)
+
+    def write(self, event: Event) -> None:
+        if self.events:
+            RecordWriter(self.events).write(event.SerializeToString())
+
+    def evaluate(self) -> None:
+        """Greedy episodes on an environment of their own, always with the same seeds; keeps and logs their returns."""
+        args, env, lengths, frames = self.args, self.eval_env, [], []
+        limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
+        self.returns = []
+        for index in range(args.eval_episodes):
+            if memory := memory_of(self.episodes[0].env):
+                env.unwrapped.load_state_dict(memory)
+            episode = Episode(env, args.seed, 2, index)
+            policy, done = self.agent.greedy_policy(seed_of(args.seed, 3, index)), False
+            while not done and len(episode.actions) < limit:
+                if args.capture_video and index == 0:
+                    frames.append(Image.fromarray(env.render()).quantize())
+                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
+                done = terminated or truncated
+            if args.capture_video and index == 0:
+                frames.append(Image.fromarray(env.render()).quantize())
+            self.returns.append(episode.episodic_return)
+            lengths.append(len(episode.actions))
+        mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
+        self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
+        steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
+        tqdm.write(f"step {self.step}: evaluation return {mean:.4g} +- {std:.4g} ({steps})")
+        if frames:
+            video = self.path / "videos" / f"step_{self.step}.gif"
+            video.parent.mkdir(exist_ok=True)
+            duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds a frame
+            frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+    def save(self) -> None:
+        """Writes a checkpoint; at every instant a whole one is in the folder, and the one before it is kept."""
+        self.events.flush()
+        state = {"step": self.step, "seconds": time.time() - self.start_time, "returns": self.returns}
+        state |= {"events": self.events.tell(), "agent": self.agent.state_dict()}
+        state["episodes"] = [episode.state_dict() for episode in self.episodes]
+        path, new = self.path / CHECKPOINT, self.path / f"new.{CHECKPOINT}"
+        try:
+            write_checkpoint(new, state)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise Failure(f"step {self.step}: no checkpoint ({error}); the one before: --resume {self.path}") from error
+        if path.exists():
+            os.replace(path, self.path / f"previous.{CHECKPOINT}")
+        os.replace(new, path)
+
+    def restore(self) -> int:
+        """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
+        path = path if path.exists() or not previous.exists() else previous
+        if not path.exists() and self.args.resume:
+            return 0  # killed before its first checkpoint: from the beginning
+        try:
+            state = read_checkpoint(path)
+            self.agent.load_state_dict(state["agent"])
+            for episode, episode_state in zip(self.episodes, state["episodes"], strict=True):
+                episode.load_state_dict(episode_state)
+            self.step, self.returns = state["step"], state["returns"]
+            self.start_time -= state["seconds"]
+            return state["events"]
+        except Exception as error:
+            other = f"; the checkpoint before it is {previous}: rename it to use it" if previous.exists() else ""
+            raise Failure(f"cannot restore {path}: {type(error).__name__}: {error}{other}") from error
+
+    def finish(self) -> dict:
+        """Writes and returns the result, and says where to look."""
+        if self.args.evaluate or not self.returns:
+            self.evaluate()
+            if not self.args.evaluate:  # not a single step was asked for
+                self.save()
+        result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
+        result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
+        result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}
+        if not self.args.evaluate:
+            self.events.close()
+            write_json(self.path / "result.json", result)
+            print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
+        return result
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON file atomically."""
+    new = path.with_name(f"new.{path.name}")
+    new.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(new, path)
+
+
+def provenance() -> dict:
+    """What a run was made with: versions of Python and of the packages, git commit of the script where there is one."""
+    packages = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "gymnasium") if name in sys.modules}
+    git = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if git else ""
+    return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit or None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict:
+    """Dreamer: acting and training in turns; returns what is in result.json."""
+    torch.set_num_threads(args.threads)
+    envs = [make_env(args) for _ in range(args.num_envs)]
+    agent = Agent(envs[0].observation_space, envs[0].action_space, args)
+    episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
+    run = Run(args, agent, episodes)
+    for step in run.steps(args.num_envs):
+        observations = [episode.obs for episode in episodes]
+        actions = agent.act_many(observations)
+        for index, (episode, obs, action) in enumerate(zip(episodes, observations, actions, strict=True)):
+            next_obs, reward, terminated, truncated = episode.step(action)
+            agent.observe(obs, action, reward, next_obs, terminated, truncated, env=index)
+            if terminated or truncated:
+                run.log_episode(step, episode)
+                episode.reset()
+        agent.update()
+    return run.finish()
+
+
+def main() -> None:
+    """The command line; what the user can fix is one line on stderr and status 2."""
+    try:
+        train(parse_args())
+    except (Failure, OSError) as error:
+        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""dreamer.py against golden values of the authors' code, brute force, and step-by-step acting."""
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import only_run, tiny_args
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import dreamer
+from dreamer import Latent, Percentiles, Shapes
+
+GOLDEN = os.environ.get("DREAMER_GOLDEN")  # a JSON file; the arrays are in an .npz file beside it
+golden_only = pytest.mark.skipif(not GOLDEN, reason="DREAMER_GOLDEN does not name the file")
+CPU = torch.device("cpu")
+BINS = dreamer.make_bins()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_args(**fields: object) -> dreamer.Args:
+    return tiny_args(dreamer, **fields)
+
+
+def small_agent(
+    observation: gym.Space | None = None, action: gym.Space | None = None, **fields: object
+) -> dreamer.Agent:
+    observation = observation or gym.spaces.Box(-1, 1, (3,), np.float32)
+    return dreamer.Agent(observation, action or gym.spaces.Discrete(2), small_args(**fields))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    with open(GOLDEN) as file:
+        values = json.load(file)
+    with np.load(Path(GOLDEN).with_suffix(".npz")) as arrays:
+        return values | {"arrays": {name: torch.tensor(arrays[name]) for name in arrays.files}}
+
+
+def tensor(values: object) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+# --- golden values --------------------------------------------------------------------------------------------------
+@golden_only
+def test_golden_formulas(golden):
+    torch.testing.assert_close(dreamer.symlog(tensor(golden["symlog"]["x"])), tensor(golden["symlog"]["symlog"]))
+    wanted = tensor(golden["symlog"]["symexp_of_symlog"])
+    torch.testing.assert_close(dreamer.symexp(tensor(golden["symlog"]["symlog"])), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(BINS, golden["arrays"]["bins"], rtol=1e-5, atol=0)
+    twohot, targets = golden["twohot"], tensor(golden["twohot"]["targets"])
+    random = tensor(np.random.default_rng(0).normal(size=255).astype(np.float32))
+    for logits, name in ((torch.zeros(255), "loss_zero_logits"), (random, "loss_random_logits")):
+        losses = dreamer.twohot_loss(logits.expand(len(targets), -1), targets, BINS)
+        torch.testing.assert_close(losses, tensor(twohot[name]), rtol=0, atol=1e-5)
+    assert dreamer.twohot_mean(random, BINS).item() == pytest.approx(twohot["pred_random"], rel=1e-5)
+    mixed = golden["unimix"]
+    first, second = dreamer.unimix(tensor(mixed["l1"])), dreamer.unimix(tensor(mixed["l2"]))
+    torch.testing.assert_close(first, tensor(mixed["logits1"]), rtol=0, atol=1e-5)
+    assert dreamer.kl(first[None], second[None]).item() == pytest.approx(mixed["kl"], abs=1e-5)
+    assert dreamer.make_policy(tensor(mixed["l1"]), True).entropy().item() == pytest.approx(mixed["ent"], abs=1e-5)
+    normal = golden["bounded_normal"]
+    policy = dreamer.make_policy(tensor([normal["raw_mean"], normal["raw_std"]]), False)
+    got = [policy.mean, policy.std, policy.log_density(tensor([0.0])), policy.entropy()]
+    for value, name in zip(got, ("mean", "std", "logp_at_0", "ent"), strict=True):
+        assert value.item() == pytest.approx(normal[name], abs=1e-5)
+
+
+@golden_only
+def test_golden_returns_and_losses(golden):
+    given_ = golden["lambda_return"]
+    last, term, rew, val = (tensor(given_[name]) for name in ("last", "term", "rew", "val"))
+    returns = dreamer.lambda_return(last, term, rew, val, given_["disc"], given_["lam"])
+    torch.testing.assert_close(returns, tensor(given_["ret"]), rtol=0, atol=1e-5)
+    percentiles = Percentiles(CPU)
+    for values, (offset, scale) in zip(golden["retnorm"]["inputs"], golden["retnorm"]["offset_scale"], strict=True):
+        assert percentiles.update(tensor(values)).item() == pytest.approx(scale, rel=1e-5)
+        assert percentiles.low.item() == pytest.approx(offset, rel=1e-5)
+    arrays = golden["arrays"]
+    # The golden values are of a policy without the uniform share.
+    policy, action = dreamer.Policy(arrays["policy_logits"].log_softmax(-1)), F.one_hot(arrays["act"].long(), 3).float()
+    log_density, entropy = policy.log_density(action)[:, :-1], policy.entropy()[:, :-1]
+    settings = arrays["vl"], arrays["sl"], BINS, Percentiles(CPU)
+    losses = dreamer.imagination_loss(arrays["rew"], arrays["con"], log_density, entropy, *settings)
+    for got, name in zip(losses, ("policy", "value", "ret"), strict=True):
+        # Returns are some 100,000 here: what is a difference of such numbers is known to 1e-5 of them.
+        torch.testing.assert_close(got, arrays[name], rtol=1e-5, atol=1e-5 * arrays[name].abs().max().item())
+
+
+@golden_only
+def test_golden_optimizer(golden):
+    weight, bias = (torch.nn.Parameter(tensor(values)) for values in ([[1, 2], [3, 4]], [0, 0]))
+    optimizer = dreamer.LaProp([weight, bias], lr=0.01, warmup=0)
+    for index, wanted in enumerate(golden["agc_laprop"]["params_after"]):
+        weight.grad, bias.grad = tensor([[10, -5], [2, 1]]) * (index + 1), tensor([0.5, -0.25])
+        optimizer.step()
+        torch.testing.assert_close(weight.data, tensor(wanted["w"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(bias.data, tensor(wanted["b"]), rtol=0, atol=1e-5)
+
+
+def test_numbers_of_parameters():
+    nets = dreamer.Networks(Shapes(24, None, 6, False), dreamer.SIZES["1m"], generator())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in nets.named_children()}
+    assert counts == {
+        "encoder": 10_112,
+        "rssm": 364_416,
+        "decoder": 51_096,
+        "reward": 57_663,
+        "going": 41_153,
+        "actor": 50_316,
+        "critic": 66_111,
+    }
+    assert sum(counts.values()) == 640_867
+    wide = dreamer.SIZES["1m"]._replace(hidden=256, classes=32, units=256)
+    nets = dreamer.Networks(Shapes(24, None, 6, False), wide, generator())
+    assert sum(p.numel() for p in nets.parameters()) == 4_488_483
+
+
+# --- formulas -------------------------------------------------------------------------------------------------------
+def test_bins_and_the_mean_of_equal_logits():
+    assert len(BINS) == 255
+    assert BINS[127] == 0
+    assert torch.equal(BINS, -BINS.flip(0))
+    assert BINS[128].item() == pytest.approx(math.expm1(20 / 127))
+    for scale in (0.0, 1.0, -3.0):
+        assert dreamer.twohot_mean(torch.full((255,), scale), BINS).item() == 0
+
+
+@given(st.floats(-1e9, 1e9))
+def test_two_hot_spreads_a_target_over_the_bins_beside_it(x):
+    target = torch.tensor([x], dtype=torch.float32)
+    # The loss is linear in the weights: it is read off with logits that single out one bin.
+    logits = torch.eye(255) * 50 - 50
+    probability = 50 - dreamer.twohot_loss(logits, target.expand(255), BINS)
+    weights = (probability / 50).double()
+    assert weights.sum().item() == pytest.approx(1, abs=1e-4)
+    assert (weights > 1e-4).sum() <= 2
+    inside = target.clamp(BINS[0], BINS[-1]).item()
+    near = (BINS - inside).abs().argmin()
+    assert weights[max(near - 1, 0) : near + 2].sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_lambda_return_by_brute_force_over_ends_of_episodes():
+    rng = np.random.default_rng(0)
+    rew, boot = rng.normal(size=(2, 3, 8))
+    last, term = rng.random((2, 3, 8)) < 0.25
+    term &= last
+    disc, lam = 0.9, 0.8
+
+    def expand(row: int, t: int) -> float:
+        """From step t on, written as what it is: a mixture of going on and of stopping with the value."""
+        if t == 7:
+            return boot[row, 7]
+        if term[row, t + 1]:
+            return rew[row, t + 1]
+        if last[row, t + 1]:
+            return rew[row, t + 1] + disc * boot[row, t + 1]
+        return rew[row, t + 1] + disc * ((1 - lam) * boot[row, t + 1] + lam * expand(row, t + 1))
+
+    got = dreamer.lambda_return(*map(tensor, (last, term, rew, boot)), disc, lam)
+    for row, t in itertools.product(range(3), range(7)):
+        assert got[row, t].item() == pytest.approx(expand(row, t), abs=1e-5)
+
+
+def test_weights_of_imagined_steps_include_the_first_states_own():
+    con, zeros = tensor([[0.5, 0.8, 1.0, 0.3]]), torch.zeros(1, 4)
+    uniform, entropy = torch.zeros(1, 4, 255), torch.ones(1, 3)
+    policy, value, _ = dreamer.imagination_loss(
+        zeros, con, torch.zeros(1, 3), entropy, uniform, uniform, BINS, Percentiles(CPU)
+    )
+    wanted = tensor([[0.5, 0.4, 0.4]])
+    torch.testing.assert_close(policy, -3e-4 * wanted)
+    torch.testing.assert_close(value, 2 * math.log(255) * wanted)
+
+
+def test_range_of_returns_is_updated_before_it_is_used_and_never_below_one():
+    percentiles, values = Percentiles(CPU), torch.linspace(0, 1e6, 101)
+    assert percentiles.update(values).item() == pytest.approx(0.01 * 0.9e6, rel=1e-4)
+    assert Percentiles(CPU).update(values / 1e6).item() == 1
+
+
+def test_gradient_goes_straight_through_samples():
+    logits = torch.randn(2, 3, 4, generator=generator(), requires_grad=True)
+    log_prob = dreamer.unimix(logits)
+    sample = dreamer.straight_through(dreamer.sample_onehot(log_prob.detach(), generator(1)), log_prob)
+    weights = torch.randn(2, 3, 4, generator=generator(2))
+    (got,) = torch.autograd.grad((weights * sample).sum(), logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad((weights * log_prob.exp()).sum(), logits)
+    torch.testing.assert_close(got, wanted)
+    assert set(sample.detach().round(decimals=5).flatten().tolist()) == {0.0, 1.0}
+
+
+def test_samples_follow_their_probabilities():
+    log_prob = tensor([0.1, 0.6, 0.3]).log().expand(20_000, -1)
+    share = dreamer.sample_onehot(log_prob, generator()).mean(0)
+    torch.testing.assert_close(share, tensor([0.1, 0.6, 0.3]), atol=0.015, rtol=0)
+
+
+def test_blocks_do_not_see_each_other():
+    layer = dreamer.BlockLinear(6, 9, 3, generator())
+    x = torch.randn(3, 5, 2, generator=generator(1))
+    for block in range(3):
+        torch.testing.assert_close(layer(x)[block], x[block] @ layer.weight[block] + layer.bias[block])
+    many = torch.cat([dreamer.BlockLinear(512, 512, 8, generator(seed)).weight.flatten() for seed in range(4)])
+    assert many.std().item() == pytest.approx(1 / math.sqrt(512), rel=0.05)  # by the width of all blocks
+
+
+# --- world model ----------------------------------------------------------------------------------------------------
+def steps_of(agent: dreamer.Agent, length: int, ends: tuple[int, ...], terminated: bool = True) -> list[dict]:
+    """Lets the agent act on random observations, with episodes that end at these steps; returns what it did."""
+    rng, done = np.random.default_rng(5), []
+    obs = rng.normal(size=3).astype(np.float32)
+    for step in range(length):
+        action = agent.act(obs)
+        done.append({"obs": obs, "action": action, "latent": agent.latent, "chosen": agent.action})
+        following = rng.normal(size=3).astype(np.float32)
+        end = step in ends
+        agent.observe(obs, action, float(step), following, end and terminated, end and not terminated)
+        obs = rng.normal(size=3).astype(np.float32) if end else following
+    return done
+
+
+def test_stream_has_rewards_with_the_observation_that_they_came_with():
+    agent = small_agent(num_envs=1)
+    done = steps_of(agent, 6, (2,))
+    fixed = agent.replay.fixed
+    assert agent.replay.added.tolist() == [7]
+    assert fixed["reward"][0, :7].tolist() == [0, 0, 1, 2, 0, 3, 4]
+    assert fixed["is_first"][0, :7].tolist() == [True, False, False, False, True, False, False]
+    assert fixed["is_last"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
+    assert fixed["is_terminal"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
+    rows = [0, 1, 2, 4, 5, 6]
+    for row, step in zip(rows, done, strict=True):
+        vector = np.sign(step["obs"]) * np.log1p(np.abs(step["obs"]))
+        np.testing.assert_allclose(fixed["vector"][0, row], vector, rtol=1e-6)
+        assert fixed["action"][0, row].argmax() == step["action"]
+        np.testing.assert_array_equal(agent.replay.deter[0, row], step["latent"].deter[0].numpy())
+    assert not fixed["action"][0, 3].any()  # at the end nothing is chosen
+
+
+def test_truncation_is_last_but_not_terminal():
+    agent = small_agent(num_envs=1)
+    steps_of(agent, 4, (1,), terminated=False)
+    assert agent.replay.fixed["is_last"][0, :5].tolist() == [False, False, True, False, False]
+    assert not agent.replay.fixed["is_terminal"].any()
+
+
+def test_observing_sequences_is_what_acting_did_step_by_step(monkeypatch):
+    """With samples that are the most likely class, so that both draw the same."""
+    monkeypatch.setattr(
+        dreamer, "sample_onehot", lambda log_prob, _: F.one_hot(log_prob.argmax(-1), log_prob.shape[-1]).float()
+    )
+    agent = small_agent(num_envs=1)
+    done = steps_of(agent, 12, (3, 8))
+    where = np.array([[0]]), np.arange(14)[None]
+    batch = agent.tensors({name: column[where] for name, column in agent.replay.fixed.items()})
+    previous = torch.cat([torch.full((1, 1, 2), 7.0), batch["action"][:, :-1]], 1)  # before the first: ignored
+    junk = Latent(torch.ones(1, 512), torch.ones(1, 32, 4))  # so is what was before
+    settings = previous, batch["is_first"], agent.nets.encoder(batch), agent.generator
+    latent, _ = agent.nets.rssm.observe(junk, *settings)
+    rows = [row for row in range(14) if not batch["is_last"][0, row]]
+    for row, step in zip(rows, done, strict=True):
+        torch.testing.assert_close(latent.deter[0, row], step["latent"].deter[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(latent.stoch[0, row], step["latent"].stoch[0], atol=1e-5, rtol=1e-4)
+
+
+def some_batch(agent: dreamer.Agent, rows: int = 2, length: int = 5) -> tuple[dict[str, torch.Tensor], Latent]:
+    random = generator(3)
+    batch = {"vector": torch.randn(rows, length, 3, generator=random)}
+    batch |= {"prev_action": F.one_hot(torch.randint(2, (rows, length), generator=random), 2).float()}
+    batch |= {"reward": torch.randn(rows, length, generator=random)}
+    batch |= {name: torch.zeros(rows, length, dtype=torch.bool) for name in ("is_first", "is_last", "is_terminal")}
+    return batch, agent.nets.rssm.initial(rows)
+
+
+def gradients(agent: dreamer.Agent, name: str) -> set[str]:
+    """The networks that one loss has a gradient with respect to."""
+    for network in (agent.nets.reward, agent.nets.critic, agent.slow_critic):  # whose last layer is zero at first
+        torch.nn.init.normal_(network[-1].weight, generator=generator(7))
+    settings = *some_batch(agent), Percentiles(CPU), generator(), 3, 0.99
+    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    agent.nets.zero_grad()
+    losses[name].backward()
+    return {
+        part_name
+        for part_name, part in agent.nets.named_children()
+        if any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    }
+
+
+@pytest.mark.parametrize(
+    ("loss", "trained"),
+    [
+        ("policy", {"actor"}),
+        ("value", {"critic"}),
+        ("repval", {"critic", "rssm", "encoder"}),
+        ("rew", {"reward", "rssm", "encoder"}),
+        ("con", {"going", "rssm", "encoder"}),
+        ("vector", {"decoder", "rssm", "encoder"}),
+        ("dyn", {"rssm"}),
+        ("rep", {"rssm", "encoder"}),
+    ],
+)
+def test_each_loss_trains_what_it_should_and_nothing_else(loss, trained):
+    agent = small_agent()
+    found = gradients(agent, loss)
+    assert trained - {"encoder"} <= found  # free nats may leave the KL without a gradient for the encoder
+    assert found <= trained | ({"encoder"} if loss == "dyn" else set())
+    assert all(p.grad is None for p in agent.slow_critic.parameters())
+
+
+def test_priors_and_posteriors_are_pulled_to_each_other_only_above_the_free_nats():
+    agent = small_agent()
+    batch, start = some_batch(agent)
+    settings = batch, start, Percentiles(CPU), generator(), 3, 0.99
+    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    assert losses["dyn"] >= 1
+    assert losses["rep"] >= 1
+    for network in (agent.nets.rssm.prior, agent.nets.rssm.posterior):
+        torch.nn.init.zeros_(network[-1].weight)  # then both are uniform
+    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    assert losses["dyn"] == 1
+    (gradient,) = torch.autograd.grad(losses["dyn"], [agent.nets.rssm.prior[-1].bias])
+    assert not gradient.any()
+
+
+def test_slow_critic_follows_after_each_update():
+    agent = small_agent(num_envs=1)
+    steps_of(agent, 20, (7,))
+    agent.update_once()
+    before = [parameter.clone() for parameter in agent.slow_critic.parameters()]
+    agent.optimizer.warmup = 0
+    agent.update_once()
+    for old, slow, new in zip(before, agent.slow_critic.parameters(), agent.nets.critic.parameters(), strict=True):
+        torch.testing.assert_close(slow, old + 0.02 * (new - old))
+
+
+def test_first_update_has_step_size_zero_and_the_warmup_is_linear():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer, moves = dreamer.LaProp([parameter], lr=0.1, agc=1e9, warmup=4), []
+    for _ in range(6):
+        before = parameter.item()
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        moves.append(before - parameter.item())
+    np.testing.assert_allclose(moves, [0, 0.025, 0.05, 0.075, 0.1, 0.1], atol=1e-6)
+
+
+def test_bounded_actions_are_scaled_and_cut():
+    low, high = np.array([[-1.0, 0.0], [3.0, 10.0]], np.float32)
+    space = gym.spaces.Box(low, high)
+    agent = small_agent(action=space)
+    np.testing.assert_allclose(agent.to_env(torch.tensor([0.0, 1.0])), [1.0, 10.0])
+    np.testing.assert_allclose(agent.to_env(torch.tensor([-7.0, -1.0])), [-1.0, 0.0])
+    state, big = agent.nets.rssm.initial(1), torch.tensor([[4.0, -0.5]])
+    torch.testing.assert_close(agent.nets.rssm.core(state, big), agent.nets.rssm.core(state, torch.tensor([[1, -0.5]])))
+
+
+# --- observations ---------------------------------------------------------------------------------------------------
+class Pictures(gym.Env):
+    """A dictionary of a picture, a vector and a choice; 1 for the action that the picture's brighter half shows."""
+
+    metadata: ClassVar = {"render_modes": []}
+
+    def __init__(self, render_mode: str | None = None):
+        self.observation_space = gym.spaces.Dict(
+            {
+                "camera": gym.spaces.Box(0, 255, (20, 24, 3), np.uint8),
+                "vector": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+                "choice": gym.spaces.Discrete(3, start=1),
+            }
+        )
+        self.action_space = gym.spaces.Discrete(2)
+
+    def observation(self) -> dict:
+        self.side, camera = int(self.np_random.integers(2)), np.zeros((20, 24, 3), np.uint8)
+        camera[:, 12 * self.side : 12 * self.side + 12] = 200
+        return {"camera": camera, "vector": np.array([1e4, -0.5]), "choice": np.int64(2)}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        return self.observation(), {}
+
+    def step(self, action: int) -> tuple:
+        reward = float(action == self.side)
+        return self.observation(), reward, False, False, {}
+
+
+gym.register("Pictures-v0", entry_point=Pictures, max_episode_steps=8)
+
+
+def test_observation_is_a_vector_and_a_picture_of_the_size_that_was_asked_for():
+    observer = dreamer.Observer(Pictures().observation_space, 16)
+    env = Pictures()
+    obs, _ = env.reset(seed=0)
+    found = observer(obs)
+    assert observer.image == (16, 16, 3)
+    assert found["image"].dtype == np.uint8
+    assert set(np.unique(found["image"])) == {0, 200}
+    np.testing.assert_allclose(found["vector"], [0, 1, 0, math.log(1e4 + 1), -math.log(1.5)], rtol=1e-6)
+    with pytest.raises(dreamer.Failure, match="multiples of 8"):
+        dreamer.Observer(env.observation_space, 0)
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 64])
+def test_decoder_gives_back_pictures_of_the_encoders_size(side):
+    shapes = Shapes(0, (side, side, 3), 2, True)
+    nets = dreamer.Networks(shapes, dreamer.SIZES["1m"], generator())
+    picture = torch.randint(256, (2, 4, side, side, 3), generator=generator(1)).byte()
+    tokens = nets.encoder({"image": picture})
+    assert tokens.shape == (2, 4, nets.encoder.width)
+    latent = Latent(torch.randn(2, 4, 512), torch.zeros(2, 4, 32, 4))
+    found = nets.decoder(latent)["image"]
+    assert found.shape == picture.shape
+    assert 0 <= found.min() <= found.max() <= 1
+
+
+def test_a_run_on_pictures(tmp_path):
+    args = small_args(env_id="Pictures-v0", run_dir=str(tmp_path), total_timesteps=60, image_size=16, eval_episodes=1)
+    outcome = dreamer.train(args)
+    assert 0 <= outcome["eval_return_mean"] <= 8
+    state = dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"]
+    assert state["replay"]["image"].dtype == torch.uint8
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
+def filled(streams: int = 2, capacity: int = 20, length: int = 4, steps: int = 15, folder: Path | None = None, spare=0):
+    shapes, size = Shapes(1, None, 2, True), dreamer.SIZES["1m"]._replace(deter=8, stoch=2)
+    replay = dreamer.Replay(shapes, size, streams, capacity, length, spare, folder)
+    for step, stream in itertools.product(range(steps), range(streams)):
+        number = float(100 * stream + step)
+        flags = {"is_first": step % 7 == 0, "is_last": step % 7 == 6, "is_terminal": False}
+        row = {"action": [0, 1], "reward": number, "vector": [number]} | flags
+        replay.add(stream, np.full(8, number), np.full(2, step % 4), **row)
+    return replay
+
+
+def test_sequences_are_runs_of_the_stream_over_ends_of_episodes():
+    replay = filled(steps=50)
+    replay.fresh = []
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(200):
+        (stream, _), rows = replay.sample(8, rng)
+        assert (np.diff(rows["reward"], axis=1) == 1).all()
+        assert (rows["reward"] // 100 == stream).all()
+        seen += rows["reward"][:, 0].tolist()
+    values, counts = np.unique(seen, return_counts=True)
+    assert values.tolist() == [*range(30, 47), *range(130, 147)]  # the latest 20 steps hold 17 beginnings
+    assert counts.min() > 20
+
+
+def test_new_sequences_are_served_once_before_any_other():
+    replay = filled(steps=15)
+    assert replay.fresh == [(0, 0), (1, 0), (0, 4), (1, 4), (0, 8), (1, 8)]
+    _, rows = replay.sample(4, np.random.default_rng(0))
+    assert rows["reward"][:, 0].tolist() == [0, 100, 4, 104]
+    assert replay.fresh == [(0, 8), (1, 8)]
+    replay.sample(8, np.random.default_rng(0))
+    assert replay.fresh == []
+
+
+def test_refreshed_states_are_found_again():
+    replay = filled()
+    (stream, at), rows = replay.sample(3, np.random.default_rng(1))
+    replay.refresh((stream, at[:, 1:]), rows["deter"][:, 1:] + 0.5, rows["stoch"][:, 1:] * 0 + 3)
+    again = replay.deter[stream, at]
+    np.testing.assert_array_equal(again[:, 1:], rows["deter"][:, 1:] + 0.5)
+    np.testing.assert_array_equal(again[:, 0], rows["deter"][:, 0])
+    assert (replay.stoch[stream, at][:, 1:] == 3).all()
+
+
+def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
+    agent = small_agent(num_envs=1, batch_size=1, batch_length=4)
+    steps_of(agent, 5, ())
+    before = agent.replay.deter[0].copy()
+    agent.update_once()
+    changed = (agent.replay.deter[0] != before).any(1).nonzero()[0].tolist()
+    assert changed == [1, 2, 3, 4]
+
+
+def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
+    first, second = filled(steps=50, spare=5), filled(steps=50, spare=5, folder=tmp_path)
+    for seed in range(3):
+        (_, one), (_, two) = (replay.sample(6, np.random.default_rng(seed)) for replay in (first, second))
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+    state = second.state_dict()
+    assert "vector" not in state
+    other = filled(steps=0, spare=5, folder=tmp_path)
+    other.load_state_dict(state)
+    assert np.array_equal(
+        other.sample(6, np.random.default_rng(0))[1]["vector"], second.sample(6, np.random.default_rng(0))[1]["vector"]
+    )
