@@ -582,10 +582,11 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 
 class Value(nn.Module):
-    """V(s), by fitted value iteration from all real states. Its target is the larger of two estimates that are never
-    above the value of the best policy but by errors: the lambda-return of what was done (Sutton & Barto, section 12.1),
-    which propagates quickly, and the best of some actions by the model, without which the failures of old steps would
-    make good states look bad.
+    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
+    the failures that the agent has learned to avoid. Where actions are Discrete, the target is the best of them by the
+    model where that is more: without it, what was done badly in good states would make them look bad. (For a Box, the
+    best of random actions was tried as well: it picks the errors of the model, and the agent runs into what it has not
+    seen.)
 
     It is learned from scratch each time: a network that has followed changing targets for long judges states that it
     has not seen worse (Nikishin et al. 2022).
@@ -632,19 +633,21 @@ class Value(nn.Module):
         return torch.tensor(returns, device=obs.device)
 
     def fit(
-        self, data: "Buffer", options: tuple[Tensor, Tensor, Tensor], gamma: float, generator: torch.Generator
+        self, data: "Buffer", options: tuple[Tensor, Tensor, Tensor] | None, gamma: float, generator: torch.Generator
     ) -> dict[str, float]:
         """Learns the value of all states, (size,). `options`: the next states, rewards and survival probabilities that
         the model foresees for K actions in each of them, (K, size, obs_size), (K, size) and (K, size)."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3)
-        obs, most, (next_obs, reward, survival) = data.column("obs"), data.column("reward").max(), options
+        obs, most = data.column("obs"), data.column("reward").max()
         most = torch.maximum(most, most / max(1 - gamma, 1e-6))  # no return is larger
         for _ in range(self.rounds):
             with torch.no_grad():
-                best = (reward + gamma * survival * self(next_obs)).amax(0)
-                returns = torch.maximum(self.lambda_returns(data, gamma), best).clamp(max=most)
-                obs_std = obs.std(0, correction=0)
+                returns = self.lambda_returns(data, gamma)
+                if options is not None:
+                    next_obs, reward, survival = options
+                    returns = torch.maximum(returns, (reward + gamma * survival * self(next_obs)).amax(0))
+                returns, obs_std = returns.clamp(max=most), obs.std(0, correction=0)
                 self.obs_mean.copy_(obs.mean(0))
                 self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
                 self.return_mean.fill_(returns.mean())
@@ -1034,13 +1037,12 @@ class Agent:
         self.trained_on = size
 
     @torch.no_grad()
-    def options(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the elites foresee on average for every Discrete action, or for two random ones, in all real states."""
+    def options(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the elites foresee on average for every Discrete action in all real states."""
+        if not self.discrete:
+            return None
         obs, layers, found = self.data.column("obs"), self.model.select(self.model.elites), []
         actions = torch.eye(self.action_size, device=self.device)[:, None].expand(-1, len(obs), -1)
-        if not self.discrete:
-            shape = (2, len(obs), self.action_size)
-            actions = self.to_units(uniform(2, torch.empty(shape, device=self.device), self.generator))
         for action in actions:  # (size, A)
             obs_of_all, action_of_all = (part.expand(len(self.model.elites), -1, -1) for part in (obs, action))
             delta, _ = self.model.predict(obs_of_all, action_of_all, layers[0])

@@ -312,7 +312,7 @@ Parameters = list[nn.Parameter]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formulas
+# Model
 # ---------------------------------------------------------------------------------------------------------------------
 def symlog(x: Tensor) -> Tensor:
     """sign(x) log(|x| + 1): large numbers small, small ones as they are."""
@@ -428,9 +428,6 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_add_(parameters, mu, alpha=-rate / (1 - self.beta1 ** (done + 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
 class Size(NamedTuple):
     """Widths of the networks."""
 
@@ -686,23 +683,6 @@ class Decoder(nn.Module):
         return found
 
 
-LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
-
-
-class Percentiles:
-    """The range of returns: moving averages of their 5th and 95th percentiles, from 0, with no correction of bias."""
-
-    def __init__(self, device: torch.device):
-        self.low, self.high = torch.zeros(2, device=device)
-
-    def update(self, returns: Tensor, rate: float = 0.01) -> Tensor:
-        """Takes in returns, then gives the scale, at least 1."""
-        returns = returns.detach().float().flatten()
-        low, high = (torch.quantile(returns, share) for share in (0.05, 0.95))
-        self.low, self.high = self.low.lerp(low, rate), self.high.lerp(high, rate)
-        return (self.high - self.low).clamp(min=1)
-
-
 class Policy(NamedTuple):
     """Distribution of actions: log-probabilities of a Discrete space, else mean and standard deviation."""
 
@@ -763,6 +743,112 @@ class Networks(nn.Module):
 
     def policy(self, feature: Tensor) -> Policy:
         return make_policy(self.actor(feature), self.discrete)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffer
+# ---------------------------------------------------------------------------------------------------------------------
+class Replay:
+    """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
+    is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state of then.
+
+    Sequences are drawn uniformly by where they begin, but each new one of `length` is served once before. With a
+    `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in which no
+    sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
+    """
+
+    def __init__(
+        self, shapes: Shapes, size: Size, streams: int, capacity: int, length: int, spare: int, folder: Path | None
+    ):
+        self.capacity, self.length, self.folder, rows = capacity, length, folder, capacity + spare
+        fixed = {"action": ((shapes.action,), np.float32), "reward": ((), np.float32)}
+        fixed |= {name: ((), np.bool_) for name in ("is_first", "is_last", "is_terminal")}
+        if shapes.vector:
+            fixed["vector"] = ((shapes.vector,), np.float32)
+        if shapes.image:
+            fixed["image"] = (shapes.image, np.uint8)
+        self.fixed = {name: self.make(name, (streams, rows, *shape), dtype) for name, (shape, dtype) in fixed.items()}
+        self.deter = np.zeros((streams, rows, size.deter), np.float32)
+        self.stoch = np.zeros((streams, rows, size.stoch), np.int16)  # which class
+        self.added = np.zeros(streams, np.int64)
+        self.fresh: list[tuple[int, int]] = []  # stream and first row of sequences to be served once
+
+    def make(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros, in memory or in a file."""
+        if self.folder is None:
+            return np.zeros(shape, dtype)
+        path = self.folder / f"{name}.npy"
+        if path.exists():
+            return np.lib.format.open_memmap(path, "r+")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+    def add(self, stream: int, deter: Array, stoch: Array, **row: Any) -> None:
+        """Appends a step to a stream."""
+        at = self.added[stream] % self.deter.shape[1]
+        for name, column in self.fixed.items():
+            column[stream, at] = row[name]
+        self.deter[stream, at], self.stoch[stream, at] = deter, stoch
+        self.added[stream] += 1
+        if self.added[stream] % self.length == 0:
+            self.fresh.append((stream, int(self.added[stream] - self.length)))
+
+    def starts(self) -> Array:
+        """How many sequences each stream has, (streams,)."""
+        return np.maximum(np.minimum(self.added, self.capacity) - self.length + 1, 0)
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        """Where they are, (count, 1) and (count, length), and sequences (count, length, ...)."""
+        starts = self.starts()
+        stream = rng.choice(len(starts), size=count, p=starts / starts.sum())
+        first = (self.added - self.length)[stream] - (rng.random(count) * starts[stream]).astype(np.int64)
+        served, self.fresh = self.fresh[:count], self.fresh[count:]
+        for index, (fresh_stream, fresh_first) in enumerate(served):
+            if fresh_first >= self.added[fresh_stream] - self.capacity:
+                stream[index], first[index] = fresh_stream, fresh_first
+        where = stream[:, None], (first[:, None] + np.arange(self.length)) % self.deter.shape[1]
+        columns = {name: column[where] for name, column in self.fixed.items()}
+        return where, columns | {"deter": self.deter[where], "stoch": self.stoch[where]}
+
+    def refresh(self, where: tuple[Array, Array], deter: Array, stoch: Array) -> None:
+        """Puts new latent states there."""
+        self.deter[where], self.stoch[where] = deter, stoch
+
+    def state_dict(self) -> dict:
+        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
+        used = min(int(self.added.max(initial=0)), self.deter.shape[1])
+        for column in self.fixed.values():
+            if self.folder:
+                column.flush()
+        state = {name: torch.from_numpy(column[:, :used].copy()) for name, column in columns.items()}
+        return state | {"added": self.added.tolist(), "fresh": self.fresh}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
+        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
+        for name, column in columns.items():
+            column[:, : state[name].shape[1]] = state[name].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planner
+# ---------------------------------------------------------------------------------------------------------------------
+# There is no search: what an actor has learned in imagination takes its place.
+LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
+
+
+class Percentiles:
+    """The range of returns: moving averages of their 5th and 95th percentiles, from 0, with no correction of bias."""
+
+    def __init__(self, device: torch.device):
+        self.low, self.high = torch.zeros(2, device=device)
+
+    def update(self, returns: Tensor, rate: float = 0.01) -> Tensor:
+        """Takes in returns, then gives the scale, at least 1."""
+        returns = returns.detach().float().flatten()
+        low, high = (torch.quantile(returns, share) for share in (0.05, 0.95))
+        self.low, self.high = self.low.lerp(low, rate), self.high.lerp(high, rate)
+        return (self.high - self.low).clamp(min=1)
 
 
 def imagination_loss(
@@ -858,91 +944,6 @@ def dreamer_loss(
     }
     means = {name: loss.mean() for name, loss in losses.items()}
     return means, Latent(latent.deter.detach(), latent.stoch.detach()), logs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffer
-# ---------------------------------------------------------------------------------------------------------------------
-class Replay:
-    """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
-    is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state of then.
-
-    Sequences are drawn uniformly by where they begin, but each new one of `length` is served once before. With a
-    `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in which no
-    sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
-    """
-
-    def __init__(
-        self, shapes: Shapes, size: Size, streams: int, capacity: int, length: int, spare: int, folder: Path | None
-    ):
-        self.capacity, self.length, self.folder, rows = capacity, length, folder, capacity + spare
-        fixed = {"action": ((shapes.action,), np.float32), "reward": ((), np.float32)}
-        fixed |= {name: ((), np.bool_) for name in ("is_first", "is_last", "is_terminal")}
-        if shapes.vector:
-            fixed["vector"] = ((shapes.vector,), np.float32)
-        if shapes.image:
-            fixed["image"] = (shapes.image, np.uint8)
-        self.fixed = {name: self.make(name, (streams, rows, *shape), dtype) for name, (shape, dtype) in fixed.items()}
-        self.deter = np.zeros((streams, rows, size.deter), np.float32)
-        self.stoch = np.zeros((streams, rows, size.stoch), np.int16)  # which class
-        self.added = np.zeros(streams, np.int64)
-        self.fresh: list[tuple[int, int]] = []  # stream and first row of sequences to be served once
-
-    def make(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of zeros, in memory or in a file."""
-        if self.folder is None:
-            return np.zeros(shape, dtype)
-        path = self.folder / f"{name}.npy"
-        if path.exists():
-            return np.lib.format.open_memmap(path, "r+")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
-
-    def add(self, stream: int, deter: Array, stoch: Array, **row: Any) -> None:
-        """Appends a step to a stream."""
-        at = self.added[stream] % self.deter.shape[1]
-        for name, column in self.fixed.items():
-            column[stream, at] = row[name]
-        self.deter[stream, at], self.stoch[stream, at] = deter, stoch
-        self.added[stream] += 1
-        if self.added[stream] % self.length == 0:
-            self.fresh.append((stream, int(self.added[stream] - self.length)))
-
-    def starts(self) -> Array:
-        """How many sequences each stream has, (streams,)."""
-        return np.maximum(np.minimum(self.added, self.capacity) - self.length + 1, 0)
-
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[str, Array]]:
-        """Where they are, (count, 1) and (count, length), and sequences (count, length, ...)."""
-        starts = self.starts()
-        stream = rng.choice(len(starts), size=count, p=starts / starts.sum())
-        first = (self.added - self.length)[stream] - (rng.random(count) * starts[stream]).astype(np.int64)
-        served, self.fresh = self.fresh[:count], self.fresh[count:]
-        for index, (fresh_stream, fresh_first) in enumerate(served):
-            if fresh_first >= self.added[fresh_stream] - self.capacity:
-                stream[index], first[index] = fresh_stream, fresh_first
-        where = stream[:, None], (first[:, None] + np.arange(self.length)) % self.deter.shape[1]
-        columns = {name: column[where] for name, column in self.fixed.items()}
-        return where, columns | {"deter": self.deter[where], "stoch": self.stoch[where]}
-
-    def refresh(self, where: tuple[Array, Array], deter: Array, stoch: Array) -> None:
-        """Puts new latent states there."""
-        self.deter[where], self.stoch[where] = deter, stoch
-
-    def state_dict(self) -> dict:
-        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
-        used = min(int(self.added.max(initial=0)), self.deter.shape[1])
-        for column in self.fixed.values():
-            if self.folder:
-                column.flush()
-        state = {name: torch.from_numpy(column[:, :used].copy()) for name, column in columns.items()}
-        return state | {"added": self.added.tolist(), "fresh": self.fresh}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
-        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
-        for name, column in columns.items():
-            column[:, : state[name].shape[1]] = state[name].numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -452,7 +452,8 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
     assert "not a run folder" in refuses("--resume", tmp_path)
     run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
     run = only_run(tmp_path)
-    assert "started with another gamma" in refuses("--resume", run, "--gamma", "0.5")
+    discount, other = ("horizon", 50) if script.__name__ == "dreamer" else ("gamma", 0.5)
+    assert f"started with another {discount}" in refuses("--resume", run, f"--{discount}", other)
     assert "started with another env_id, seed" in refuses("--evaluate", run, "--seed", 7, "--env-id", "Taxi-v4")
     assert "exclude each other" in refuses("--resume", run, "--evaluate", run)
     args = run / "args.json"
@@ -462,12 +463,14 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
         "{",
         "[]",
         "{}",
-        f'{{"script": "{script.__name__}", "args": {{"gamma": "x"}}}}',
-        text.replace('"gamma"', '"gama"'),
+        f'{{"script": "{script.__name__}", "args": {{"{discount}": "x"}}}}',
+        text.replace(f'"{discount}"', '"gama"'),
     ):
         args.write_text(damaged)
         assert "not a run folder" in refuses("--resume", run)
-    args.write_text(text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace('"gamma"', '"other"'))
+    args.write_text(
+        text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace(f'"{discount}"', '"other"')
+    )
     assert "written by other.py" in refuses("--evaluate", run)
 
 
@@ -572,7 +575,7 @@ def test_seeds_of_different_purposes_differ(script):
 
 def test_policy_and_agent_can_be_driven_from_a_loop_of_ones_own(script):
     env = gym.make(CORRIDOR.get(script.__name__, "Corridor-v0"), max_episode_steps=50)
-    agent = script.Agent(env.observation_space, env.action_space, tiny_args(script, gamma=0.9))
+    agent = script.Agent(env.observation_space, env.action_space, tiny_args(script, seed=3))
     obs, _ = env.reset(seed=0)
     for _ in range(500 if script.__name__ in TABULAR else 300):
         action = agent.act(obs)
