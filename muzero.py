@@ -123,8 +123,8 @@ class Args:
 
     num_envs: int = 8
     """Environments that are played side by side, so that each call of the network serves as many searches."""
-    gamma: float = 0.997
-    """Discount factor; negative where two players take turns and each step's reward is the mover's (chess: -1)."""
+    gamma: float = 0.99
+    """Discount factor (MuZero, Atari: 0.997); negative where two players take turns and each step's reward is the mover's (chess: -1)."""
     search: Literal["puct", "gumbel"] = "gumbel"
     """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations."""
     num_simulations: int = 16
@@ -140,13 +140,13 @@ class Args:
 
     learning_starts: int = 500
     """Steps before the first update."""
-    updates_per_step: float = 0.25
+    updates_per_step: float = 0.5
     """Gradient steps for each environment step."""
     batch_size: int = 256
     """Positions of an update."""
     unroll_steps: int = 5
     """Steps K that the model is unrolled (MuZero: 5)."""
-    td_steps: int = 20
+    td_steps: int = 50
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10)."""
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
@@ -155,7 +155,7 @@ class Args:
     the place of those of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.5
     """Exponent of the priorities |search value - value target|; 0: positions are drawn uniformly (MuZero: 1)."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     """Step size of Adam at the beginning."""
     decay_steps: int = 20_000
     """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G)."""
