@@ -63,7 +63,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary import text_pb
@@ -797,12 +797,15 @@ class Replay:
         """How many sequences each stream has, (streams,)."""
         return np.maximum(np.minimum(self.added, self.capacity) - self.length + 1, 0)
 
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[tuple[Array, Array], dict[str, Array]]:
-        """Where they are, (count, 1) and (count, length), and sequences (count, length, ...)."""
+    def sample(
+        self, count: int, rng: np.random.Generator, serve: bool = True
+    ) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        """Where they are, (count, 1) and (count, length), and sequences (count, length, ...); without `serve`, new ones
+        are left for later."""
         starts = self.starts()
         stream = rng.choice(len(starts), size=count, p=starts / starts.sum())
         first = (self.added - self.length)[stream] - (rng.random(count) * starts[stream]).astype(np.int64)
-        served, self.fresh = self.fresh[:count], self.fresh[count:]
+        served, self.fresh = (self.fresh[:count], self.fresh[count:]) if serve else ([], self.fresh)
         for index, (fresh_stream, fresh_first) in enumerate(served):
             if fresh_first >= self.added[fresh_stream] - self.capacity:
                 stream[index], first[index] = fresh_stream, fresh_first
@@ -984,6 +987,21 @@ class Observer:
         return found | ({"image": np.concatenate(image, axis=-1)} if image else {})
 
 
+def draw_curves(truth: Array, foretold: Array, half: int, height: int = 48, width: int = 8) -> Image.Image:
+    """Numbers (T, V) over time, one panel each, up to 16 of them; a grey line where the model sees no more."""
+    count = min(truth.shape[1], 16)
+    picture = Image.new("RGB", (width * len(truth), height * count), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.line([(width * half, 0), (width * half, height * count)], "lightgrey")
+    for panel in range(count):
+        low = min(truth[:, panel].min(), foretold[:, panel].min())
+        scale = (height - 4) / max(truth[:, panel].max() - low, foretold[:, panel].max() - low, 1e-6)
+        for values, colour in ((truth[:, panel], "black"), (foretold[:, panel], "red")):
+            points = [(width * t, height * (panel + 1) - 2 - scale * float(y - low)) for t, y in enumerate(values)]
+            draw.line(points, colour)
+    return picture
+
+
 class Agent:
     """World model, actor, critic and replay: `act` follows the latent state, `observe` stores, `update` trains.
 
@@ -1088,11 +1106,7 @@ class Agent:
         """One update of everything, on sequences from the replay."""
         args = self.args
         (stream, at), rows = self.replay.sample(args.batch_size, self.rng)
-        batch = self.tensors(rows)
-        stoch = F.one_hot(batch.pop("stoch")[:, 0].long(), self.size.classes).float()
-        start = Latent(batch.pop("deter")[:, 0], stoch)
-        batch["prev_action"] = batch.pop("action")[:, :-1]
-        batch = {name: part if name == "prev_action" else part[:, 1:] for name, part in batch.items()}
+        batch, start = self.aligned(rows)
         settings = self.percentiles, self.generator, args.imagination_horizon, 1 - 1 / args.horizon
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             losses, latent, logs = dreamer_loss(self.nets, self.slow_critic, batch, start, *settings)
@@ -1106,6 +1120,37 @@ class Agent:
         self.replay.refresh((stream, at[:, 1:]), latent.deter.cpu().numpy(), latent.stoch.argmax(-1).cpu().numpy())
         self.losses = logs | {f"losses/{name}": part.detach() for name, part in losses.items()}
         self.updates += 1
+
+    def aligned(self, rows: dict[str, Array]) -> tuple[dict[str, Tensor], Latent]:
+        """Of sequences (B, T + 1), the latent state at the first step, and all that `dreamer_loss` wants of the others,
+        among it the action before each."""
+        batch = self.tensors(rows)
+        start = Latent(batch.pop("deter")[:, 0], F.one_hot(batch.pop("stoch")[:, 0].long(), self.size.classes).float())
+        action = batch.pop("action")[:, :-1]
+        return {name: part[:, 1:] for name, part in batch.items()} | {"prev_action": action}, start
+
+    @torch.no_grad()
+    def open_loop(self) -> Image.Image:
+        """A sequence of the replay, of which the model sees the first half and foretells the second: of pictures the
+        truth above what it has in mind, of a vector's numbers curves, black and red."""
+        _, rows = self.replay.sample(1, np.random.default_rng(self.updates), serve=False)
+        (batch, state), generator = self.aligned(rows), torch.Generator(self.device).manual_seed(self.updates)
+        half, reset, tokens = self.args.batch_length // 2, batch["is_first"], self.nets.encoder(batch)
+        states = []
+        for t in range(self.args.batch_length):
+            action = batch["prev_action"][:, t]
+            if t < half:
+                state, _ = self.nets.rssm.observe_step(state, action, reset[:, t], tokens[:, t], generator)
+            else:
+                state = self.nets.rssm.imagine_step(state, action, generator)
+            states.append(state)
+        found = self.nets.decoder(Latent(*(torch.stack(parts, 1) for parts in zip(*states, strict=True))))
+        if "image" in found:
+            shown = slice(None, None, max(1, self.args.batch_length // 16))
+            pictures = batch["image"][0, shown], (found["image"][0, shown] * 255).byte()
+            strips = [picture[..., :3].cpu().numpy() for picture in pictures]
+            return Image.fromarray(np.concatenate([np.concatenate(list(strip), axis=1) for strip in strips]).squeeze())
+        return draw_curves(batch["vector"][0].cpu().numpy(), found["vector"][0].cpu().numpy(), half)
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode: the most likely action in each latent state."""
@@ -1124,7 +1169,7 @@ class Agent:
     def metrics(self) -> dict[str, float]:
         """What to log, by TensorBoard tag."""
         self.logs |= {name: value.item() for name, value in self.losses.items()}
-        return self.logs
+        return self.logs | ({"model/open_loop": self.open_loop()} if self.updates else {})
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""

@@ -31,8 +31,10 @@ the root's actions are sampled without replacement and halved by their value, wh
 of simulations. Both searches take the same steps as DeepMind's mctx.
 
 Run:     python muzero.py
+         python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
          python muzero.py --help
-Expect:  In the making: one seed of CartPole-v1 returned 168 after 6,000 steps, up and down before that.
+Expect:  In the making. Of two seeds of CartPole-v1 that were tried for 8,000 steps, one returned 500 from 3,000 steps
+         on, the other went up and down between 359 and 500.
 """
 
 import argparse
@@ -124,7 +126,8 @@ class Args:
     num_envs: int = 8
     """Environments that are played side by side, so that each call of the network serves as many searches."""
     gamma: float = 0.99
-    """Discount factor (MuZero, Atari: 0.997); negative where two players take turns and each step's reward is the mover's (chess: -1)."""
+    """Discount factor (MuZero, Atari: 0.997); negative where two players take turns and each step's reward is the
+    mover's (chess: -1)."""
     search: Literal["puct", "gumbel"] = "gumbel"
     """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations."""
     num_simulations: int = 16

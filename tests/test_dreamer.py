@@ -1,5 +1,6 @@
 """dreamer.py against golden values of the authors' code, brute force, and step-by-step acting."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -502,3 +503,26 @@ def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
     assert np.array_equal(
         other.sample(6, np.random.default_rng(0))[1]["vector"], second.sample(6, np.random.default_rng(0))[1]["vector"]
     )
+
+
+def test_open_loop_shows_what_the_model_foretells_and_changes_nothing(tmp_path):
+    agent = small_agent(num_envs=1, batch_length=16)
+    steps_of(agent, 40, (11, 30))
+    agent.update_once()
+    before = json.dumps(agent.rng.bit_generator.state), agent.generator.get_state().tolist(), list(agent.replay.fresh)
+    picture = agent.open_loop()
+    assert picture.size == (16 * 8, 3 * 48)
+    assert before == (
+        json.dumps(agent.rng.bit_generator.state),
+        agent.generator.get_state().tolist(),
+        agent.replay.fresh,
+    )
+    pixels = {pixel for _, pixel in picture.getcolors(10**6)}
+    assert {(0, 0, 0), (255, 0, 0), (211, 211, 211)} <= pixels
+    args = small_args(env_id="Pictures-v0", run_dir=str(tmp_path), total_timesteps=60, image_size=16, batch_length=8)
+    args = dataclasses.replace(args, eval_episodes=1)
+    dreamer.train(args)
+    env = Pictures()
+    agent = dreamer.Agent(env.observation_space, env.action_space, args)
+    agent.load_state_dict(dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"])
+    assert agent.open_loop().size == (8 * 16, 2 * 16)
