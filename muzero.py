@@ -429,6 +429,7 @@ class KInARow(gym.Env):
         return self.observation()
 
     def observation(self) -> tuple[np.ndarray, dict]:
+        """The board as the player to move sees it, and what is allowed."""
         planes = [
             [stones >> field & 1 for field in range(self.rows * self.columns)] for stones in (self.own, self.other)
         ]
