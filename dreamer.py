@@ -28,8 +28,9 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor (eq. 8 and 9)
             Store the states that were inferred
 
-Names and details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: the
-decoder treats one-hot choices like numbers; where an observation has several pictures, they are one with more channels.
+Names and details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: one
+layer, not several, gives all numbers of an observation, one-hot choices among them, and both mean and deviation of the
+actor; pictures are halved down to 4 x 4 whatever their size; evaluation takes the most likely action and does not draw.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512     (with a GPU)
@@ -121,7 +122,7 @@ class Args:
     num_envs: int = 4
     """Environments that are played side by side."""
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"
-    """Widths of the networks, by their number of parameters (DreamerV3: 200m, 1 percent of it for vectors)."""
+    """Widths of the networks, by their number of parameters (DreamerV3: 200m)."""
     bf16: bool = False
     """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
     learning_starts: int = 1_024
@@ -134,8 +135,6 @@ class Args:
     """Steps of each (DreamerV3: 64)."""
     replay_size: int = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
-    replay_on_disk: bool = False
-    """Keep observations in files in the run folder and not in memory: a checkpoint then does not copy them."""
     learning_rate: float = 4e-5
     """Step size of the optimizer (DreamerV3: 4e-5)."""
     warmup: int = 1_000
@@ -400,10 +399,10 @@ class LaProp(torch.optim.Optimizer):
     ):
         super().__init__(parameters, {"lr": lr})
         self.agc, self.warmup, self.beta1, self.beta2, self.eps = agc, warmup, beta1, beta2, eps
-        (self.group,) = self.param_groups
-        for parameter in self.group["params"]:
+        (group,) = self.param_groups
+        for parameter in group["params"]:
             self.state[parameter] = {"nu": torch.zeros_like(parameter), "mu": torch.zeros_like(parameter)}
-        self.group["step"] = 0
+        group["step"] = 0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -468,7 +467,7 @@ def linear(fan_in: int, fan_out: int, generator: torch.Generator, scale: float =
 
 
 class Norm(nn.Module):
-    """Root-mean-square normalisation of the last dimension, in single precision, then SiLU."""
+    """Root-mean-square normalisation of the last dimension, in single precision, and then SiLU."""
 
     def __init__(self, size: int, device: torch.device):
         super().__init__()
@@ -493,7 +492,7 @@ class BlockLinear(nn.Module):
 
 
 def mlp(fan_in: int, units: int, layers: int, generator: torch.Generator) -> nn.Sequential:
-    """`layers` layers, each normalised."""
+    """`layers` layers, each with Norm: (..., fan_in) -> (..., units)."""
     sizes = [fan_in] + layers * [units]
     parts = [(linear(*pair, generator), Norm(units, generator.device)) for pair in itertools.pairwise(sizes)]
     return nn.Sequential(*itertools.chain(*parts))
@@ -513,9 +512,6 @@ class Latent(NamedTuple):
     def feature(self) -> Tensor:
         """What the heads see, (..., stoch * classes + deter)."""
         return torch.cat([self.stoch.flatten(-2), self.deter], -1)
-
-    def index(self, where: Any) -> "Latent":
-        return Latent(self.deter[where], self.stoch[where])
 
 
 class RSSM(nn.Module):
@@ -613,9 +609,14 @@ class Shapes(NamedTuple):
     discrete: bool
 
     def depths(self, size: Size) -> list[int]:
-        """Channels after each halving of an image, down to 4 x 4 (for sides of 4 * 2^n)."""
-        stages = max(1, round(math.log2(min(self.image[:2]) / 4)))
+        """Channels after each halving of an image: 2, 3, 4 and 4 times `depth` for one of 64 x 64."""
+        stages = halvings(self.image)
         return [size.depth * factor for factor in (*[2] * (stages - 4), 2, 3, 4, 4)[-stages:]]
+
+
+def halvings(image: tuple[int, ...]) -> int:
+    """How often a picture (height, width, channels) is halved, until its smaller side is about 4."""
+    return max(1, round(math.log2(min(image[:2]) / 4)))
 
 
 class Encoder(nn.Module):
@@ -720,7 +721,7 @@ class Policy(NamedTuple):
 def make_policy(found: Tensor, discrete: bool) -> Policy:
     """The distribution from what the actor's network gives."""
     if discrete:
-        return Policy(unimix(found))
+        return Policy(found.float().log_softmax(-1))
     mean, std = found.float().chunk(2, dim=-1)
     return Policy(None, mean.tanh(), 0.9 * (std + 2).sigmoid() + 0.1)
 
@@ -836,7 +837,7 @@ class Replay:
 # ---------------------------------------------------------------------------------------------------------------------
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
-# There is no search: what an actor has learned in imagination takes its place.
+# There is no search: what an actor has learned in imagination takes its place. The world model's losses are here, too.
 LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
 
 
@@ -854,6 +855,12 @@ class Percentiles:
         return (self.high - self.low).clamp(min=1)
 
 
+def critic_loss(value: Tensor, slow_value: Tensor, ret: Tensor, bins: Tensor) -> Tensor:
+    """Logits of values (N, T + 1, bins) against returns (N, T), and against the mean of the slow critic: (N, T)."""
+    to_return = twohot_loss(value[:, :-1], ret.detach(), bins)
+    return to_return + twohot_loss(value[:, :-1], twohot_mean(slow_value, bins)[:, :-1], bins)
+
+
 def imagination_loss(
     rew: Tensor,
     con: Tensor,
@@ -865,19 +872,16 @@ def imagination_loss(
     percentiles: Percentiles,
     lam: float = 0.95,
     actent: float = 3e-4,
-    slowreg: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
     slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
-    val, slowval = twohot_mean(value, bins).detach(), twohot_mean(slow_value, bins)
+    val = twohot_mean(value, bins).detach()
     weight = con.cumprod(1)[:, :-1]  # con has the discount in it
     ret = lambda_return(torch.zeros_like(con), 1 - con, rew, val, 1.0, lam)
     adv = (ret - val[:, :-1]) / percentiles.update(ret)
     policy_loss = -weight * (log_density * adv + actent * entropy)
-    targets = (ret, slowval[:, :-1])
-    to_return, to_slow = (twohot_loss(value[:, :-1], target, bins) for target in targets)
-    return policy_loss, weight * (to_return + slowreg * to_slow), ret
+    return policy_loss, weight * critic_loss(value, slow_value, ret, bins), ret
 
 
 def replay_value_loss(
@@ -885,9 +889,7 @@ def replay_value_loss(
 ) -> Tensor:
     """The critic on real sequences, (B, T) -> (B, T - 1); `boot`: the imagined return from each state."""
     ret = lambda_return(last, term, rew, boot, disc)
-    targets = (ret, twohot_mean(slow_value, bins)[:, :-1])
-    to_return, to_slow = (twohot_loss(value[:, :-1], target.detach(), bins) for target in targets)
-    return (1 - last[:, :-1]) * (to_return + to_slow)
+    return (1 - last[:, :-1]) * critic_loss(value, slow_value, ret, bins)
 
 
 def dreamer_loss(
@@ -910,7 +912,7 @@ def dreamer_loss(
     losses["rep"] = kl(post, prior.detach()).clamp(min=1)
     losses["rew"] = twohot_loss(nets.reward(feature), batch["reward"], nets.bins)
     terminal, last = batch["is_terminal"].float(), batch["is_last"].float()
-    going = nets.going(feature).squeeze(-1)
+    going = nets.going(feature).squeeze(-1).float()
     losses["con"] = F.binary_cross_entropy_with_logits(going, (1 - terminal) * disc, reduction="none")
     for name, found in nets.decoder(latent).items():
         target = batch[name].float() / 255 if name == "image" else batch[name]
@@ -925,7 +927,7 @@ def dreamer_loss(
             state = nets.rssm.imagine_step(state, actions[-1], generator)
             features.append(state.feature())
         imagined, actions = torch.stack(features, 1), torch.stack(actions, 1)
-        rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.going(imagined).squeeze(-1).sigmoid()
+        rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.going(imagined).squeeze(-1).float().sigmoid()
         slow_value = slow_critic(imagined)
     policy, value = nets.policy(imagined[:, :-1]), nets.critic(imagined)
     log_density, entropy = policy.log_density(actions), policy.entropy()
@@ -961,8 +963,10 @@ class Observer:
         vector, image = self.parts(space, space.sample())
         self.vector = sum(len(part) for part in vector)
         self.image = np.concatenate(image, axis=-1).shape if image else None
-        if self.image and (min(self.image[:2]) < 8 or any(side % 8 for side in self.image[:2])):
-            raise Failure(f"--image-size must make the sides of {space} multiples of 8, and 8 at least")
+        if self.image and (min(self.image[:2]) < 8 or any(side % 2 ** halvings(self.image) for side in self.image[:2])):
+            raise Failure(
+                f"pictures of {self.image[:2]} cannot be halved down to 4 x 4; take an --image-size of 8, 16, ..."
+            )
 
     def parts(self, space: gym.Space, obs: Any) -> tuple[list[Array], list[Array]]:
         """The vectors and the pictures that an observation is made of."""
@@ -1006,7 +1010,8 @@ class Agent:
     """World model, actor, critic and replay: `act` follows the latent state, `observe` stores, `update` trains.
 
     Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
-    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`.
+    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`. Stored
+    is the action that the agent chose. With a `folder`, the replay keeps its observations there.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args, folder: Path | None = None):
@@ -1053,11 +1058,13 @@ class Agent:
     def act_many(self, observations: list[Any], infos: list[dict | None] | None = None) -> list[Any]:
         """Actions for all environments, drawn."""
         self.seen = [self.observer(obs) for obs in observations]
-        self.latent, policy = self.follow(self.seen, self.latent, self.action, self.first, self.generator)
+        now = slice(len(observations))  # one for `act`, though there could be more
+        latent = Latent(self.latent.deter[now], self.latent.stoch[now])
+        self.latent, policy = self.follow(self.seen, latent, self.action[now], self.first[now], self.generator)
         self.action = policy.sample(self.generator)
         if not self.shapes.discrete:
             self.action = self.action.clamp(-1, 1)
-        self.chose_at_first, self.first = self.first, torch.zeros_like(self.first)
+        self.chose_at_first, self.first = self.first[now], torch.zeros_like(self.first[now])
         return [self.to_env(action) for action in self.action]
 
     def act(self, obs: Any, info: dict | None = None) -> Any:
@@ -1082,7 +1089,7 @@ class Agent:
         truncated: bool = False,
         env: int = 0,
     ) -> None:
-        """Stores one step of an environment, and the state after it where an episode ends."""
+        """Stores one step of an environment, and the last observation where an episode ends."""
         deter, stoch = self.latent.deter[env].cpu().numpy(), self.latent.stoch[env].argmax(-1).cpu().numpy()
         flags = {"is_first": bool(self.chose_at_first[env]), "is_last": False, "is_terminal": False}
         row = self.seen[env] | flags | {"action": self.action[env].cpu().numpy(), "reward": self.rewards[env]}
@@ -1148,7 +1155,8 @@ class Agent:
         if "image" in found:
             shown = slice(None, None, max(1, self.args.batch_length // 16))
             pictures = batch["image"][0, shown], (found["image"][0, shown] * 255).byte()
-            strips = [picture[..., :3].cpu().numpy() for picture in pictures]
+            shown = slice(0, 3) if pictures[0].shape[-1] == 3 else slice(-1, None)  # of several the last
+            strips = [picture[..., shown].cpu().numpy() for picture in pictures]
             return Image.fromarray(np.concatenate([np.concatenate(list(strip), axis=1) for strip in strips]).squeeze())
         return draw_curves(batch["vector"][0].cpu().numpy(), found["vector"][0].cpu().numpy(), half)
 
@@ -1166,14 +1174,17 @@ class Agent:
 
         return policy
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | Image.Image]:
         """What to log, by TensorBoard tag."""
+        return self.scalars() | ({"model/open_loop": self.open_loop()} if self.updates else {})
+
+    def scalars(self) -> dict[str, float]:
+        """Of what is logged the numbers."""
         self.logs |= {name: value.item() for name, value in self.losses.items()}
-        return self.logs | ({"model/open_loop": self.open_loop()} if self.updates else {})
+        return self.logs
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
-        self.metrics()  # so that a resumed run logs the same
         return {
             "nets": self.nets.state_dict(),
             "slow_critic": self.slow_critic.state_dict(),
@@ -1185,7 +1196,7 @@ class Agent:
             "now": [*self.latent, self.action, self.first],
             "rewards": self.rewards,
             "counts": [self.steps, self.updates],
-            "logs": self.logs,
+            "logs": self.scalars(),
         }
 
     def load_state_dict(self, state: dict) -> None:

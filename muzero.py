@@ -157,7 +157,8 @@ class Args:
     """Old positions that are searched again, for each environment step: policies and values of the latest network take
     the place of those of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.5
-    """Exponent of the priorities |search value - value target|; 0: positions are drawn uniformly (MuZero: 1)."""
+    """Exponent of the priorities |value - value target|, of the search's value when a position comes in, of the
+    network's when it has been trained on; 0: positions are drawn uniformly (MuZero: 1)."""
     learning_rate: float = 1e-3
     """Step size of Adam at the beginning."""
     decay_steps: int = 20_000
@@ -201,9 +202,9 @@ class Args:
             learning_starts=(1, math.inf),
             updates_per_step=(0, 1000),
             batch_size=(1, 10**6),
-            unroll_steps=(0, 1000),
+            unroll_steps=(1, 1000),
             td_steps=(1, 10**6),
-            buffer_size=(1, 10**9),
+            buffer_size=(2, 10**9),
             reanalyze_ratio=(0, 1000),
             priority_exponent=(0, 10),
             learning_rate=(1e-9, 1),
@@ -222,9 +223,21 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "priority_exponent": 0.0, "eval_episodes": 20, "support": 2}
 PRESETS: dict[str, dict[str, Any]] = {
-    "TicTacToe-v0": {"total_timesteps": 50_000, "td_steps": 9, "network": "mlp", "eval_every": 5_000}
+    "TicTacToe-v0": {
+        "total_timesteps": 50_000,
+        "td_steps": 9,
+        "network": "mlp",
+        "eval_every": 5_000,
+        "decay_steps": 50_000,
+    }
     | {"eval_env_kwargs": ("opponent=9",), "num_simulations": 25, **BOARD_GAME},
-    "KInARow-v0": {"total_timesteps": 500_000, "td_steps": 42, "eval_every": 20_000, "num_simulations": 50}
+    "KInARow-v0": {
+        "total_timesteps": 500_000,
+        "td_steps": 42,
+        "eval_every": 20_000,
+        "num_simulations": 50,
+        "decay_steps": 500_000,
+    }
     | {"eval_env_kwargs": ("opponent=4",), **BOARD_GAME},
 }
 
@@ -629,7 +642,7 @@ def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
 
 
 def represent_image(parameters: Parameters, obs: Tensor) -> Tensor:
-    """obs (B, height, width, planes) -> latent (B, channels, h, w), h and w not above 12."""
+    """obs (B, height, width, planes) -> latent (B, channels, h, w), the smaller one of h and w not above 12."""
     x = obs.permute(0, 3, 1, 2)
     for index in itertools.takewhile(lambda index: f"halve_{index}_weight" in parameters, itertools.count()):
         x = F.relu(convolve(parameters, f"halve_{index}", x, stride=2))
@@ -690,14 +703,19 @@ def unrolled_loss(
     policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
     reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support)) * batch["known"][:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": value.mean(0), "policy_loss": policy.mean(0), "reward_loss": reward.mean(0)}
+    logs = {"value_loss": value, "policy_loss": policy, "reward_loss": reward}
     if consistency_weight:
         imagined, real = torch.stack(latents[1:], dim=1), batch["next_obs"]
-        real = net.represent(parameters, real.flatten(0, 1))
+        with torch.no_grad():
+            real = net.represent(parameters, real.flatten(0, 1))
         distance = inconsistency(parameters, imagined.flatten(0, 1), real).view(count, steps) * batch["acting"][:, :-1]
         total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
-        logs["consistency_loss"] = distance.mean(0)
-    return (batch["weight"] * total).mean(), expectation(value_logits[:, 0]).detach(), logs
+        logs["consistency_loss"] = distance
+    return (
+        (batch["weight"] * total).mean(),
+        expectation(value_logits[:, 0]).detach(),
+        {name: loss.detach().mean(0) for name, loss in logs.items()},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -736,7 +754,7 @@ class Replay:
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         steps = np.arange(n)[None]
         rewards = columns["reward"][(rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity]
-        discounts = np.cumprod(np.full(n + 1, gamma)) / gamma if gamma else np.eye(1, n + 1)[0]
+        discounts = float(gamma) ** np.arange(n + 1)
         rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % capacity]
 
@@ -939,18 +957,25 @@ def halving_schedule(considered: int, num_simulations: int) -> list[int]:
     return schedule[:num_simulations]
 
 
-def completed_q(tree: Tree, node: Array, maxvisit_init: float = 50, scale: float = 0.1) -> Array:
-    """sigma(completed Q) (B, A) of nodes (B,): Gumbel MuZero, equations 8 and 10. An action that was not visited has a
-    value mixed of the node's prediction and of the visited actions' Q, weighted by their prior (appendix D)."""
+def completed_q(tree: Tree, node: Array) -> Array:
+    """Q (B, A) of nodes (B,), completed (Gumbel MuZero, equation 10): an action that was not visited has a value mixed
+    of the node's prediction and of the visited actions' Q, weighted by their prior (appendix D)."""
     visits, q, prior = (array.take(node, axis=0) for array in (tree.edge_visits, tree.q, tree.prior))
     seen, total = visits > 0, visits.sum(1, keepdims=True)
     weight = np.where(seen, np.maximum(prior, np.finfo(np.float32).tiny), 0)
     mean = (weight * q).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), np.finfo(np.float32).tiny)
     mixed = (tree.prediction.take(node)[:, None] + total * mean) / (total + 1)
-    completed = np.where(seen, q, mixed)
+    return np.where(seen, q, mixed)
+
+
+def sigma(tree: Tree, node: Array, maxvisit_init: float = 50, scale: float = 0.1) -> Array:
+    """The completed Q (B, A) of nodes (B,) as what is added to logits (equation 8), rescaled to [0, 1] before, as in
+    mctx, from which the constants are."""
+    completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
     rescaled = (completed - low) / np.maximum(high - low, 1e-8)
-    return (maxvisit_init + visits.max(1, keepdims=True)) * scale * rescaled
+    visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
+    return (maxvisit_init + visits) * scale * rescaled
 
 
 def gumbel_search(
@@ -974,7 +999,7 @@ def gumbel_search(
     schedule = schedules[np.minimum(legal.sum(1), considered)]  # (B, N)
 
     def best_of(visits: Array) -> Array:
-        score = np.where(tree.edge_visits[roots] == visits[:, None], base + completed_q(tree, roots), -np.inf)
+        score = np.where(tree.edge_visits[roots] == visits[:, None], base + sigma(tree, roots), -np.inf)
         return score.argmax(1)
 
     def select_root() -> Array:
@@ -982,12 +1007,12 @@ def gumbel_search(
         return best_of(np.take_along_axis(schedule, simulation, axis=1)[:, 0])
 
     def select(node: Array) -> Array:
-        policy = softmax(tree.logits.take(node, axis=0) + completed_q(tree, node))
+        policy = softmax(tree.logits.take(node, axis=0) + sigma(tree, node))
         visits = tree.edge_visits.take(node, axis=0)
         return (policy - visits / (1 + visits.sum(1, keepdims=True))).argmax(1)
 
     search(recurrent, tree, discount, num_simulations, select, select_root)
-    return softmax(logits + completed_q(tree, roots)), best_of(tree.edge_visits[roots].max(1))
+    return softmax(logits + sigma(tree, roots)), best_of(tree.edge_visits[roots].max(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1057,9 +1082,9 @@ class Agent:
         latent = self.infer(self.net.step, latent, action)
         return latent, *self.evaluate(latent)
 
-    def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Tree]:
-        """Searches from B rows of observations; `rng`: the noise of self-play, None for none. Returns the policies
-        found (B, A), actions (B,) and the trees."""
+    def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
+        """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
+        policies found (B, A), actions (B,), values (B,) and the trees."""
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
         tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations)
@@ -1067,6 +1092,8 @@ class Agent:
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
             policy, action = gumbel_search(*settings, gumbel, args.max_considered)
+            # The mean over the visits, which sequential halving spreads, would be the value of a worse policy.
+            value = (policy * completed_q(tree, tree.roots)).sum(1)
         else:
             if rng is not None:
                 prior = tree.prior[tree.roots]
@@ -1074,11 +1101,12 @@ class Agent:
                 noise /= noise.sum(1, keepdims=True)
                 tree.prior[tree.roots] = (1 - args.dirichlet_fraction) * prior + args.dirichlet_fraction * noise
             policy, action = muzero_search(*settings)
+            value = tree.value[tree.roots]
             if rng is not None:
-                weights = policy ** (1 / args.temperature)
+                weights = (policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)
                 cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
                 action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
-        return policy, action, tree
+        return policy, action, value, tree
 
     def legal(self, info: dict | None) -> Array:
         """(A,): what `info["action_mask"]` allows, everything where there is none."""
@@ -1088,8 +1116,8 @@ class Agent:
     def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
         """Actions for all environments, drawn as self-play does."""
         legal = np.stack([self.legal(info) for info in infos])
-        policy, action, tree = self.plan(np.stack([self.row(obs) for obs in observations]), legal, self.rng)
-        self.found = list(zip(policy, tree.value[tree.roots].tolist(), legal, strict=True))
+        policy, action, value, tree = self.plan(np.stack([self.row(obs) for obs in observations]), legal, self.rng)
+        self.found = list(zip(policy, value.tolist(), legal, strict=True))
         self.look_inside(policy, tree)
         return (action + self.first_action).tolist()
 
@@ -1136,7 +1164,7 @@ class Agent:
             "reward": np.append(reward, 0),
             "policy": np.concatenate([policy, np.full_like(policy[:1], 1 / self.num_actions)]),
             "value": np.append(value, last_value),
-            "legal": np.concatenate([legal, np.ones_like(legal[:1])]),
+            "legal": np.concatenate([legal, np.ones_like(legal[:1])]),  # of the last state it is not known
             "left": np.arange(length, -1, -1),
             "terminated": np.full(length + 1, terminated),
             "priority": np.zeros(length + 1),
@@ -1173,12 +1201,14 @@ class Agent:
             self.updates += 1
 
     def reanalyze(self, count: int) -> None:
-        """Replaces policies and values of old positions by those that a search finds now."""
+        """Replaces policies and values of old positions by those that a search finds now (Schrittwieser et al. 2021,
+        "Online and offline reinforcement learning by planning with a learned model", with the latest network instead of
+        a slower one)."""
         columns, rows = self.replay.columns, self.replay.searchable(count, self.rng)
         self.searched_again += count
         if len(rows):
-            policy, _, tree = self.plan(columns["obs"][rows], columns["legal"][rows], None)
-            columns["policy"][rows], columns["value"][rows] = policy, tree.value[tree.roots]
+            policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], None)
+            columns["policy"][rows], columns["value"][rows] = policy, value
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode: a search without noise."""
@@ -1199,8 +1229,9 @@ class Agent:
     def tree_text(self, obs: Any, info: dict | None, levels: int = 3) -> str:
         """What a search without noise finds: for each action visits, prior, Q and the reward foreseen, and behind it
         the same for the actions of the state that it leads to."""
-        _, action, tree = self.plan(self.row(obs)[None], self.legal(info)[None], None)
-        lines = [f"search of {self.args.num_simulations} simulations: value {tree.value[0]:.3g}, action {action[0]}"]
+        _, action, value, tree = self.plan(self.row(obs)[None], self.legal(info)[None], None)
+        lines = [f"search of {self.args.num_simulations} simulations: value {value[0]:.3g}, action "]
+        lines[0] += str(action[0] + self.first_action)
 
         def describe(node: int, level: int) -> None:
             for edge in np.argsort(-tree.edge_visits[node], kind="stable"):
@@ -1524,7 +1555,7 @@ def play(folder: str) -> dict:
                 text = sys.stdin.readline().strip()
                 if not text:
                     return results
-                if text.isdigit() and int(text) < len(info["action_mask"]) and info["action_mask"][int(text)]:
+                if text.isdecimal() and int(text) < len(info["action_mask"]) and info["action_mask"][int(text)]:
                     action = int(text)
                     break
                 print(f"Allowed are {', '.join(map(str, info['action_mask'].nonzero()[0]))}.")

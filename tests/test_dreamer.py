@@ -70,7 +70,7 @@ def test_golden_formulas(golden):
     first, second = dreamer.unimix(tensor(mixed["l1"])), dreamer.unimix(tensor(mixed["l2"]))
     torch.testing.assert_close(first, tensor(mixed["logits1"]), rtol=0, atol=1e-5)
     assert dreamer.kl(first[None], second[None]).item() == pytest.approx(mixed["kl"], abs=1e-5)
-    assert dreamer.make_policy(tensor(mixed["l1"]), True).entropy().item() == pytest.approx(mixed["ent"], abs=1e-5)
+    assert dreamer.Policy(first).entropy().item() == pytest.approx(mixed["ent"], abs=1e-5)
     normal = golden["bounded_normal"]
     policy = dreamer.make_policy(tensor([normal["raw_mean"], normal["raw_std"]]), False)
     got = [policy.mean, policy.std, policy.log_density(tensor([0.0])), policy.entropy()]
@@ -89,8 +89,7 @@ def test_golden_returns_and_losses(golden):
         assert percentiles.update(tensor(values)).item() == pytest.approx(scale, rel=1e-5)
         assert percentiles.low.item() == pytest.approx(offset, rel=1e-5)
     arrays = golden["arrays"]
-    # The golden values are of a policy without the uniform share.
-    policy, action = dreamer.Policy(arrays["policy_logits"].log_softmax(-1)), F.one_hot(arrays["act"].long(), 3).float()
+    policy, action = dreamer.make_policy(arrays["policy_logits"], True), F.one_hot(arrays["act"].long(), 3).float()
     log_density, entropy = policy.log_density(action)[:, :-1], policy.entropy()[:, :-1]
     settings = arrays["vl"], arrays["sl"], BINS, Percentiles(CPU)
     losses = dreamer.imagination_loss(arrays["rew"], arrays["con"], log_density, entropy, *settings)
@@ -410,8 +409,7 @@ def test_observation_is_a_vector_and_a_picture_of_the_size_that_was_asked_for():
     assert found["image"].dtype == np.uint8
     assert set(np.unique(found["image"])) == {0, 200}
     np.testing.assert_allclose(found["vector"], [0, 1, 0, math.log(1e4 + 1), -math.log(1.5)], rtol=1e-6)
-    with pytest.raises(dreamer.Failure, match="multiples of 8"):
-        dreamer.Observer(env.observation_space, 0)
+    assert dreamer.Observer(env.observation_space, 0).image == (20, 24, 3)
 
 
 @pytest.mark.parametrize("side", [8, 16, 32, 64])
@@ -526,3 +524,25 @@ def test_open_loop_shows_what_the_model_foretells_and_changes_nothing(tmp_path):
     agent = dreamer.Agent(env.observation_space, env.action_space, args)
     agent.load_state_dict(dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"])
     assert agent.open_loop().size == (8 * 16, 2 * 16)
+
+
+@pytest.mark.parametrize("side", [72, 56, 104])
+def test_sizes_that_cannot_be_halved_are_refused(side):
+    space = gym.spaces.Box(0, 255, (side, 64, 3), np.uint8)
+    with pytest.raises(dreamer.Failure, match="cannot be halved"):
+        dreamer.Observer(space, 0)
+
+
+def test_discount_is_not_rounded_in_half_precision():
+    agent = small_agent(num_envs=1, bf16=True)
+    with torch.no_grad():
+        agent.nets.going[-1].weight.zero_()
+        agent.nets.going[-1].bias.fill_(math.log(332))  # 1 - 1 / 333
+    batch, start = some_batch(agent)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = agent.nets.going(agent.nets.rssm.initial(1).feature()).float().sigmoid().item()
+        losses, _, _ = dreamer.dreamer_loss(
+            agent.nets, agent.slow_critic, batch, start, Percentiles(CPU), generator(), 3, 1 - 1 / 333
+        )
+    assert found == pytest.approx(1 - 1 / 333, abs=1e-4)
+    assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)

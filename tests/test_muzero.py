@@ -503,8 +503,8 @@ def test_reanalyze_puts_in_what_a_search_finds_now_and_leaves_ends_alone():
         agent.parameters["value_bias"] += torch.randn(agent.parameters["value_bias"].shape, generator=generator(1))
     agent.reanalyze(400)
     rows = np.delete(np.arange(used), 7)
-    policy, _, tree = agent.plan(columns["obs"][rows], columns["legal"][rows], None)
-    np.testing.assert_allclose(columns["value"][rows], tree.value[tree.roots], rtol=1e-4)
+    policy, _, value, _ = agent.plan(columns["obs"][rows], columns["legal"][rows], None)
+    np.testing.assert_allclose(columns["value"][rows], value, rtol=1e-4)
     np.testing.assert_allclose(columns["policy"][rows], policy, atol=1e-4)
     assert columns["value"][7] == 0
     assert (np.abs(columns["value"][rows] - before["value"][rows]) > 1e-3).mean() > 0.9
@@ -663,3 +663,23 @@ def test_actions_that_are_not_allowed_get_neither_noise_nor_visits_nor_policy():
             next_obs, reward, done, _, info = env.step(action)  # raises for what is not allowed
             agent.observe(obs, action, reward, next_obs, done)
             obs = next_obs
+
+
+def test_value_of_a_gumbel_search_is_that_of_the_policy_it_found():
+    """A bandit: each arm is visited equally often by sequential halving, but the value is that of the better policy."""
+    env = gym.make("CartPole-v1")
+    agent = muzero.Agent(env.observation_space, env.action_space, small_args(num_simulations=8))
+    obs, _ = env.reset(seed=0)
+    policy, _, value, tree = agent.plan(agent.row(obs)[None], np.ones((1, 2), bool), None)
+    assert (tree.edge_visits[0] > 0).all()
+    assert value[0] == pytest.approx((policy[0] * tree.q[0]).sum(), rel=1e-5)
+
+
+def test_a_low_temperature_takes_the_most_visited_action():
+    env = gym.make("CartPole-v1")
+    args = small_args(search="puct", temperature=1e-3, num_simulations=9)
+    agent = muzero.Agent(env.observation_space, env.action_space, args)
+    obs, _ = env.reset(seed=0)
+    for _ in range(20):
+        policy, action, _, _ = agent.plan(agent.row(obs)[None], np.ones((1, 2), bool), agent.rng)
+        assert action[0] == policy[0].argmax()
