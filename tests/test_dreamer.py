@@ -340,10 +340,11 @@ def test_slow_critic_follows_after_each_update():
     steps_of(agent, 20, (7,))
     agent.update_once()
     before = [parameter.clone() for parameter in agent.slow_critic.parameters()]
-    agent.optimizer.warmup = 0
+    agent.optimizer.warmup, agent.optimizer.param_groups[0]["lr"] = 0, 0.1
     agent.update_once()
     for old, slow, new in zip(before, agent.slow_critic.parameters(), agent.nets.critic.parameters(), strict=True):
         torch.testing.assert_close(slow, old + 0.02 * (new - old))
+    assert (agent.nets.critic[-1].bias - before[-1]).abs().max() > 0.01
 
 
 def test_first_update_has_step_size_zero_and_the_warmup_is_linear():
@@ -546,3 +547,31 @@ def test_discount_is_not_rounded_in_half_precision():
         )
     assert found == pytest.approx(1 - 1 / 333, abs=1e-4)
     assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)
+
+
+def test_prior_learns_from_dyn_and_posterior_from_rep_and_not_the_other_way_round():
+    agent = small_agent()
+    for network in (agent.nets.rssm.prior, agent.nets.rssm.posterior):
+        network[-1].weight.data *= 30  # so that the KL is above the free nats
+    batch, start = some_batch(agent, 1, 2)
+    batch["is_first"][:] = True  # no state comes from another one's sample
+    settings = batch, start, Percentiles(CPU), generator(), 3, 0.99
+    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    assert losses["dyn"] > 1
+    for name, trained, other in (("dyn", "prior", "posterior"), ("rep", "posterior", "prior")):
+        agent.nets.zero_grad()
+        losses[name].backward(retain_graph=True)
+        assert getattr(agent.nets.rssm, trained)[-1].weight.grad.abs().sum() > 0
+        assert not any(p.grad is not None and p.grad.any() for p in getattr(agent.nets.rssm, other).parameters())
+
+
+def test_what_is_trained_on_has_the_action_before_each_observation():
+    agent = small_agent(num_envs=1, batch_size=1, batch_length=6)
+    steps_of(agent, 9, (4,))
+    _, rows = agent.replay.sample(1, np.random.default_rng(0))
+    batch, start = agent.aligned(rows)
+    np.testing.assert_array_equal(batch["prev_action"][0], rows["action"][0, :6])
+    for name in ("vector", "reward", "is_first", "is_last", "is_terminal"):
+        np.testing.assert_array_equal(batch[name][0], rows[name][0, 1:])
+    np.testing.assert_array_equal(start.deter[0], rows["deter"][0, 0])
+    np.testing.assert_array_equal(start.stoch[0].argmax(-1), rows["stoch"][0, 0])
