@@ -1092,8 +1092,6 @@ class Agent:
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
             policy, action = gumbel_search(*settings, gumbel, args.max_considered)
-            # The mean over the visits, which sequential halving spreads, would be the value of a worse policy.
-            value = (policy * completed_q(tree, tree.roots)).sum(1)
         else:
             if rng is not None:
                 prior = tree.prior[tree.roots]
@@ -1101,12 +1099,11 @@ class Agent:
                 noise /= noise.sum(1, keepdims=True)
                 tree.prior[tree.roots] = (1 - args.dirichlet_fraction) * prior + args.dirichlet_fraction * noise
             policy, action = muzero_search(*settings)
-            value = tree.value[tree.roots]
             if rng is not None:
                 weights = (policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)
                 cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
                 action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
-        return policy, action, value, tree
+        return policy, action, tree.value[tree.roots], tree
 
     def legal(self, info: dict | None) -> Array:
         """(A,): what `info["action_mask"]` allows, everything where there is none."""

@@ -665,16 +665,6 @@ def test_actions_that_are_not_allowed_get_neither_noise_nor_visits_nor_policy():
             obs = next_obs
 
 
-def test_value_of_a_gumbel_search_is_that_of_the_policy_it_found():
-    """A bandit: each arm is visited equally often by sequential halving, but the value is that of the better policy."""
-    env = gym.make("CartPole-v1")
-    agent = muzero.Agent(env.observation_space, env.action_space, small_args(num_simulations=8))
-    obs, _ = env.reset(seed=0)
-    policy, _, value, tree = agent.plan(agent.row(obs)[None], np.ones((1, 2), bool), None)
-    assert (tree.edge_visits[0] > 0).all()
-    assert value[0] == pytest.approx((policy[0] * tree.q[0]).sum(), rel=1e-5)
-
-
 def test_a_low_temperature_takes_the_most_visited_action():
     env = gym.make("CartPole-v1")
     args = small_args(search="puct", temperature=1e-3, num_simulations=9)
