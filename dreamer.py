@@ -1017,10 +1017,8 @@ class Agent:
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args, folder: Path | None = None):
         check_spaces(observation_space, action_space)
         self.args, self.device, self.action_space = args, find_device(args.device), action_space
-        self.observer, discrete = (
-            Observer(observation_space, args.image_size),
-            isinstance(action_space, gym.spaces.Discrete),
-        )
+        self.observer = Observer(observation_space, args.image_size)
+        discrete = isinstance(action_space, gym.spaces.Discrete)
         actions = int(action_space.n) if discrete else math.prod(action_space.shape)
         self.shapes = Shapes(self.observer.vector, self.observer.image, actions, discrete)
         self.size, self.generator = SIZES[args.size], torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
@@ -1032,9 +1030,8 @@ class Agent:
         if args.compile:
             self.nets.rssm.core = torch.compile(self.nets.rssm.core)
         rows, spare = args.replay_size // args.num_envs, 2 * args.checkpoint_every // args.num_envs + 2
-        # One row more than is trained on: its latent state is where the sequence starts.
-        streams = args.num_envs, rows, args.batch_length + 1, spare if folder else 0, folder
-        self.replay = Replay(self.shapes, self.size, *streams)
+        length = args.batch_length + 1  # the latent state of its first row is where the sequence starts
+        self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare if folder else 0, folder)
         self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
         self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
         self.rewards, self.seen = [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
