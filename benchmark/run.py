@@ -69,7 +69,9 @@ def arguments_of(suite: Suite, entry: Entry) -> list[str]:
 def find_runs(suite: Suite, entry: Entry) -> tuple[dict[int, Path], list[Path]]:
     """Run folders made with the arguments that the suite declares, by seed, and those made with other arguments."""
     script = Path(entry.script).stem
-    args = tyro.cli(importlib.import_module(script).Args, args=arguments_of(suite, entry))
+    module = importlib.import_module(script)
+    default = module.Args(**{"env_id": entry.env_id} | module.PRESETS.get(entry.env_id, {}))
+    args = tyro.cli(module.Args, default=default, args=arguments_of(suite, entry))
     declared = json.loads(json.dumps(vars(args)))  # as it would come back from the file: lists, not tuples
     found, others = {}, []
     for path in sorted(folder_of(suite, entry).glob("*/args.json")):

@@ -5,7 +5,7 @@ A further algorithm or environment is one more `Entry`: after it, `run` makes on
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmark" / "runs"
@@ -58,6 +58,15 @@ class Suite:
     """Where to draw a thin dashed line, and what to write on it."""
     horizontal: tuple[float, str] | None = None
 
+
+MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
+EVALUATIONS: dict[str, Any] = {
+    "collect": "evaluations",
+    "curve": "return",
+    "statistic": "iqm",
+    "xlabel": "environment steps",
+    "ylabel": "mean return of an evaluation",
+}
 
 DECLARED = (
     # The book's parameters. `--model last` is the book's table; the default gives the same numbers in this maze.
@@ -138,6 +147,61 @@ DECLARED = (
         ylim=(0, 0.8),
         table_at=(1_000, 2_000, 5_000, 10_000, 20_000),
         horizontal=(0.740, "best policy"),
+    ),
+    # Continuous control. Where mbpo.py has `--real-ratio 1` it has no model: it is plain soft actor-critic.
+    Suite(
+        name="pendulum",
+        title="Pendulum-v1",
+        entries=(
+            Entry("SAC, 1 update a step", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
+            Entry("SAC, 10 updates a step", "mbpo.py", "Pendulum-v1", 4_000, 5, "--real-ratio 1", baseline=True),
+            Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5),
+            Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--eval-every 500"),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 8_000),
+        ylim=(-1_700, 0),
+        table_at=(500, 1_000, 2_000, 3_000, 4_000, 6_000, 8_000),
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="inverted_pendulum",
+        title="InvertedPendulum-v5",
+        entries=(
+            Entry("SAC, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True),
+            Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
+        ),
+        arguments="--eval-every 500",
+        xlim=(0, 6_000),
+        ylim=(0, 1_050),
+        table_at=(1_000, 2_000, 3_000, 4_000, 6_000),
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="double_pendulum",
+        title="InvertedDoublePendulum-v5",
+        entries=(
+            Entry("SAC, 1 update a step", "mbpo.py", "InvertedDoublePendulum-v5", 5_000, 3, MODEL_OFF, baseline=True),
+            Entry("MBPO", "mbpo.py", "InvertedDoublePendulum-v5", 5_000, 3),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 5_000),
+        ylim=(0, 9_500),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000),
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="reacher",
+        title="Reacher-v5",
+        entries=(
+            Entry("SAC, 1 update a step", "mbpo.py", "Reacher-v5", 5_000, 3, MODEL_OFF, baseline=True),
+            Entry("MBPO", "mbpo.py", "Reacher-v5", 5_000, 3),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 5_000),
+        ylim=(-40, 0),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000),
+        **EVALUATIONS,
     ),
 )
 SUITES = {suite.name: suite for suite in DECLARED}
