@@ -649,9 +649,9 @@ class Pool:
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = self.position = 0
-        # goes_on: 0 where the step terminated, else 1; weight: in the critics' loss.
+        # goes_on: 0 where the step terminated, else 1; weight: in the critics' loss; step: when it was imagined.
         widths = {"obs": obs_size, "action": action_size, "reward": 1, "next_obs": obs_size, "goes_on": 1, "weight": 1}
-        self.columns = {name: torch.zeros(0, width, device=device) for name, width in widths.items()}
+        self.columns = {name: torch.zeros(0, width, device=device) for name, width in (widths | {"step": 1}).items()}
 
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` transitions, and keeps the latest of those that are there."""
@@ -971,13 +971,28 @@ class Agent:
         obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
         made, ended, given = 0, 0.0, {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn}
         for rows in imagine(self.model, self.actor, obs, length, args, generator, **given):
-            self.pool.add(rows)
+            self.pool.add(rows | {"step": torch.full_like(rows["reward"], size)})
             made, ended = made + len(rows["obs"]), ended + (1 - rows["goes_on"]).sum().item()
         self.logs |= {
             "planner/rollout_length": made / args.rollouts,
             "planner/imagined_terminations": ended / max(made, 1),
             "planner/pool_size": self.pool.size,
         }
+        if self.pool.size:
+            imagined = {name: column[: self.pool.size] for name, column in self.pool.columns.items()}
+            real = {name: self.data.column(name) for name in ("obs", "action")}
+            self.logs |= {
+                "planner/pool_age": size - imagined["step"].mean().item(),  # environment steps since it was imagined
+                "planner/value_real": self.mean_value(real),  # far apart: the policy exploits the model's errors
+                "planner/value_imagined": self.mean_value(imagined),
+            }
+
+    @torch.no_grad()
+    def mean_value(self, transitions: dict[str, Tensor]) -> float:
+        """What the critics expect from about 1,000 of the transitions on, on average."""
+        every = max(1, len(transitions["obs"]) // 1_000)
+        obs, action = transitions["obs"][::every], transitions["action"][::every]
+        return torch.min(*(critic(obs, action, self.generator) for critic in self.critics)).mean().item()
 
     def real_share(self) -> float:
         """The share of real transitions, at this step."""

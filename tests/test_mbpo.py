@@ -310,6 +310,21 @@ def test_capacity_of_the_pool_is_length_times_rollouts_times_trainings():
     assert agent.pool.size > len(first)
 
 
+def test_what_is_logged_of_the_pool():
+    agent = small_agent(60, rollouts=20, keep_trainings=3, learning_starts=30)
+    agent.train_model()
+    assert agent.logs["planner/pool_age"] == 0
+    for _ in range(40):
+        agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
+    agent.train_model()
+    assert agent.logs["planner/pool_age"] == pytest.approx(20)  # half of them are 40 steps old
+    real = [agent.data.column(name) for name in ("obs", "action")]
+    imagined = [agent.pool.columns[name][: agent.pool.size] for name in ("obs", "action")]
+    for name, transitions in (("real", real), ("imagined", imagined)):
+        wanted = torch.minimum(*(critic(*transitions) for critic in agent.critics)).mean().item()
+        assert agent.logs[f"planner/value_{name}"] == pytest.approx(wanted)
+
+
 def test_rollouts_that_all_end_at_once_are_no_failure():
     agent = small_agent(60, max_disagreement=1e-9)
     agent.update()
