@@ -148,8 +148,9 @@ class Args:
     `learning_starts` (MBPO: the same, in epochs of 1,000 steps)."""
     rollouts: int = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
-    keep_trainings: int = 4
-    """The imagined transitions of at least so many trainings are kept (MBPO: one epoch, of four)."""
+    keep_trainings: int = 1
+    """Imagined transitions are kept for at least so many trainings (MBPO: 4, an epoch). What a model imagined that had
+    seen little misleads: with 4 the pendulum's policy went astray for 500 steps."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
     deviation of their means, in those of a step's change, averaged over dimensions."""
@@ -229,7 +230,8 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Those of Hopper-v5 and below are the authors'; where they truncated the observation, so do the environment's options.
-MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "eval_every": 5_000, "checkpoint_every": 5_000}
+MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "keep_trainings": 4}
+MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (
     "include_cinert_in_observation=False",
     "include_cvel_in_observation=False",

@@ -5,6 +5,7 @@
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo or muzero is
+    python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
 
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
 """
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from . import speed_cem_mpc, speed_dyna_q, speed_mbpo, speed_muzero
+from . import speed_cem_mpc, speed_dyna_q, speed_mbpo, speed_muzero, tic_tac_toe
 from .collect import collect_suite
 from .plot import plot_suite
 from .run import run_suite
@@ -87,6 +88,18 @@ def speed(script: Script, peer: Path | None = None, rounds: int = 7) -> None:
         fail(str(error), 2)
 
 
+def games(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Count what an opponent can achieve against tic-tac-toe agents.
+
+    Args:
+        runs: Run folders of muzero.py.
+    """
+    try:
+        print(tic_tac_toe.measure(list(runs)))
+    except FileNotFoundError as error:
+        fail(str(error), 2)
+
+
 def stop(number: int, _: Any) -> None:
     """Leaves as after Ctrl-C, so that the running scripts are told to stop."""
     sys.exit(128 + number)
@@ -94,7 +107,7 @@ def stop(number: int, _: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    commands = {"all": run_collect_plot, "run": run, "collect": collect, "plot": plot, "speed": speed}
+    commands = {"all": run_collect_plot, "run": run, "collect": collect, "plot": plot, "speed": speed, "games": games}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
     except KeyboardInterrupt:

@@ -14,7 +14,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmark import collect, plot, run, suites
+import muzero
+from benchmark import collect, plot, run, suites, tic_tac_toe
 
 SMALL = suites.Suite(
     name="small",
@@ -153,3 +154,46 @@ def test_labels_do_not_overlap_and_keep_their_order(heights):
 
 def test_logged_numbers_come_back_as_they_were():
     assert [collect.number(float(np.float32(value))) for value in (0.43, 844.0, -13.25)] == ["0.43", "844", "-13.25"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_all_games_of_tic_tac_toe_are_counted(first: bool):
+    game = muzero.KInARow()
+
+    def perfect(positions: list[tuple[int, int]]) -> list[int]:
+        def value(own: int, other: int, won: bool) -> float:
+            return 1.0 if won else -game.foresee(other, own, 9)
+
+        return [
+            max(game.moves(own, other), key=lambda move, other=other: value(move[1], other, move[2]))[0]
+            for own, other in positions
+        ]
+
+    def play(own: int, other: int, mine: bool) -> np.ndarray:
+        """Won, drawn and lost games from a position on, one after the other."""
+        if not (moves := list(game.moves(own, other))):
+            return np.array([0, 1, 0])
+        total = np.zeros(3, np.int64)
+        for action, after, won in moves:
+            if not mine or action == perfect([(own, other)])[0]:
+                total += [won and mine, 0, won and not mine] if won else play(other, after, not mine)
+        return total
+
+    counts, probabilities = tic_tac_toe.count_games(game, perfect, first)
+    assert counts.tolist() == play(0, 0, first).tolist()
+    assert counts[2] == 0  # perfect play does not lose
+    assert probabilities.sum() == pytest.approx(1)
+    assert probabilities[0] > 0.9 if first else probabilities[0] > 0.7
+
+
+def test_games_of_a_run(tmp_path: Path):
+    arguments = [
+        *["--env-id", "TicTacToe-v0", "--total-timesteps", "60", "--learning-starts", "20", "--num-simulations", "4"]
+    ]
+    arguments += ["--hidden-size", "8", "--run-dir", str(tmp_path)]
+    subprocess.run([sys.executable, ROOT / "muzero.py", *arguments], check=True, capture_output=True)
+    lines = tic_tac_toe.measure(list(tmp_path.iterdir())).splitlines()
+    assert len(lines) == 2 + 4
+    assert all(len(line.split("|")) == 9 for line in lines)
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        tic_tac_toe.measure([tmp_path])
