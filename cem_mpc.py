@@ -223,7 +223,8 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15},
+    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15}
+    | {"hidden": (128, 128), "weight_decay": (2.5e-5, 5e-5, 1e-4)},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
@@ -590,11 +591,12 @@ class Value(nn.Module):
     best of random actions was tried as well: it picks the errors of the model, and the agent runs into what it has not
     seen.)
 
-    It is learned from scratch each time: a network that has followed changing targets for long judges states that it
-    has not seen worse (Nikishin et al. 2022).
+    Five networks, of which the value is the mean minus the standard deviation: far from the data each says something
+    else, and what is not known must not attract. They are learned from scratch each time: a network that has followed
+    changing targets for long judges states that it has not seen worse (Nikishin et al. 2022).
     """
 
-    trace, batch_size = 0.8, 256  # lambda
+    networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
     rounds, updates = 40, 50  # the targets are computed anew in each round
 
     def __init__(self, obs_size: int, generator: torch.Generator):
@@ -602,8 +604,10 @@ class Value(nn.Module):
         for name, size in (("obs_mean", obs_size), ("obs_std", obs_size), ("return_mean", 1), ("return_std", 1)):
             value = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, value(size, device=generator.device))
-        sizes = itertools.pairwise((obs_size, 256, 256, 1))
-        layers = [torch.empty(1, *shape, device=generator.device) for pair in sizes for shape in (pair, (1, pair[1]))]
+        self.register_buffer("most", torch.zeros(1, device=generator.device))
+        sizes = itertools.pairwise((obs_size, self.hidden, self.hidden, 1))
+        shapes = [(self.networks, *shape) for pair in sizes for shape in (pair, (1, pair[1]))]
+        layers = [torch.empty(shape, device=generator.device) for shape in shapes]
         self.layers = nn.ParameterList(layers)
         self.reset(generator)
 
@@ -613,10 +617,16 @@ class Value(nn.Module):
             nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]), generator=generator)
             nn.init.zeros_(bias)
 
+    def each(self, obs: Tensor) -> Tensor:
+        """(G, B, obs_size) -> standardised values (G, B): row g by network g."""
+        return mlp((obs - self.obs_mean) / self.obs_std, list(self.layers)).squeeze(-1)
+
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
-        x = ((obs - self.obs_mean) / self.obs_std).reshape(1, -1, obs.shape[-1])
-        return mlp(x, list(self.layers)).view(obs.shape[:-1]) * self.return_std + self.return_mean
+        values = self.each(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
+        values = (values * self.return_std + self.return_mean).clamp(max=self.most)
+        spread = (values.var(0, correction=0) + 1e-8).sqrt()  # with a gradient where all are clamped
+        return (values.mean(0) - spread).view(obs.shape[:-1])
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
         """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
@@ -640,27 +650,29 @@ class Value(nn.Module):
         """Learns the value of all states, (size,). `options`: the next states, rewards and survival probabilities that
         the model foresees for K actions in each of them, (K, size, obs_size), (K, size) and (K, size)."""
         self.reset(generator)
-        optimizer = torch.optim.Adam(self.layers, lr=1e-3)
+        optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
         obs, most = data.column("obs"), data.column("reward").max()
-        most = torch.maximum(most, most / max(1 - gamma, 1e-6))  # no return is larger
+        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
         for _ in range(self.rounds):
             with torch.no_grad():
                 returns = self.lambda_returns(data, gamma)
                 if options is not None:
                     next_obs, reward, survival = options
                     returns = torch.maximum(returns, (reward + gamma * survival * self(next_obs)).amax(0))
-                returns, obs_std = returns.clamp(max=most), obs.std(0, correction=0)
+                returns, obs_std = returns.clamp(max=self.most), obs.std(0, correction=0)
                 self.obs_mean.copy_(obs.mean(0))
                 self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
                 self.return_mean.fill_(returns.mean())
                 self.return_std.fill_(returns.std(correction=0) + 1e-6)
             for _ in range(self.updates):
-                rows = torch.randint(len(obs), (self.batch_size,), generator=generator, device=obs.device)
-                loss = (((self(obs[rows]) - returns[rows]) / self.return_std) ** 2).mean()
+                shape = (self.networks, self.batch_size)
+                rows = torch.randint(len(obs), shape, generator=generator, device=obs.device)
+                wanted = (returns[rows] - self.return_mean) / self.return_std
+                loss = ((self.each(obs[rows]) - wanted) ** 2).mean(1).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        return {"losses/value_loss": loss.item()}
+        return {"losses/value_loss": loss.item() / self.networks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

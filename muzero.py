@@ -218,6 +218,10 @@ class Args:
             channels=(1, 10**4),
             support=(1, 10**4),
         )
+        if self.gamma < 0 and any(option.startswith("opponent=") for option in self.env_kwargs):
+            raise Failure(
+                "--gamma below 0 is for self-play; an opponent in --env-kwargs makes all rewards one player's"
+            )
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
@@ -1287,6 +1291,7 @@ SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE.add("eval_env_kwargs")
 
 
 def write_checkpoint(path: Path, state: dict) -> None:

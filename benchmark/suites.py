@@ -154,9 +154,7 @@ DECLARED = (
         title="Pendulum-v1",
         entries=(
             Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5),
-            Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--eval-every 500"),
             Entry("SAC, 1 update a step", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
-            Entry("SAC, 10 updates a step", "mbpo.py", "Pendulum-v1", 4_000, 5, "--real-ratio 1", baseline=True),
         ),
         arguments="--eval-every 250",
         xlim=(0, 8_000),

@@ -380,6 +380,7 @@ BAD_ARGS = {
         ("--unroll-steps -1", "--unroll-steps must be"),
         ("--support 0", "--support must be"),
         ("--learning-rate nan", "--learning-rate must be"),
+        ("--env-id TicTacToe-v0 --env-kwargs opponent=9", "--gamma below 0 is for self-play"),
     ],
     "dreamer": [
         ("--env-id Blackjack-v1", "observations must be .* not Tuple"),
