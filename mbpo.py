@@ -149,8 +149,8 @@ class Args:
     rollouts: int = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: int = 1
-    """Imagined transitions are kept for at least so many trainings (MBPO: 4, an epoch). What a model imagined that had
-    seen little misleads: with 4 the pendulum's policy went astray for 500 steps."""
+    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). What a model
+    that had seen little has imagined misleads for as long."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
     deviation of their means, in those of a step's change, averaged over dimensions."""

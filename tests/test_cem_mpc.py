@@ -738,7 +738,7 @@ def test_compiled_it_does_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("env_id", "wanted"),
-    [("Pendulum-v1", -200), ("Reacher-v5", -9.4), ("InvertedPendulum-v5", 1000)],
+    [("Pendulum-v1", -200), ("CartPole-v1", 475), ("Reacher-v5", -9.4), ("InvertedPendulum-v5", 1000)],
 )
 def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_path: Path):
     if env_id.endswith("-v5"):
