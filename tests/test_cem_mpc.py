@@ -646,6 +646,37 @@ def test_value_is_never_above_what_the_best_reward_forever_would_give():
     assert value(obs).mean().item() == pytest.approx(max(most, most / 0.1), rel=0.05)
 
 
+def test_value_is_the_mean_of_its_networks_less_their_standard_deviation():
+    value = cem_mpc.Value(OBS, generator())
+    value.most.fill_(0.5)
+    obs = torch.randn(4, 3, OBS, generator=generator(1))
+    each = []
+    for member in range(value.networks):
+        x = obs
+        for index in range(0, len(value.layers), 2):
+            x = x @ value.layers[index][member] + value.layers[index + 1][member]
+            x = torch.nn.functional.silu(x) if index < len(value.layers) - 2 else x
+        each.append(x.squeeze(-1).clamp(max=0.5))
+    mean, std = torch.stack(each).mean(0), torch.stack(each).std(0, correction=0)
+    torch.testing.assert_close(value(obs), mean - std, atol=1e-3, rtol=1e-4)
+    value.most.fill_(-1e6)  # all are cut off: no difference, and still a gradient
+    value(obs.requires_grad_()).sum().backward()
+    assert obs.grad.isfinite().all()
+
+
+def test_value_does_not_promise_much_where_nothing_was_seen():
+    value = cem_mpc.Value(2, generator())
+    data = Buffer(2, 1, torch.device("cpu"))
+    for row in range(600):  # in the middle of a square all is well for ten steps, whatever is done
+        where = (torch.rand(2, generator=generator(row)) - 0.5).tolist()
+        data.add(
+            obs=where, action=[0], reward=1.0, delta=[0, 0], terminated=row % 10 == 9, episode=row // 10, holdout=False
+        )
+    value.fit(data, None, 0.9, generator(1))
+    far = torch.tensor([[5.0, 5], [-5, 5], [5, -5], [-5, -5]])
+    assert value(far).mean() < value(far / 20).mean() - 1
+
+
 def test_options_are_what_the_elites_foresee_on_average():
     env = gym.make("CartPole-v1")
     agent = Agent(env.observation_space, env.action_space, small_args(terminal_value=True))
