@@ -586,10 +586,10 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 class Value(nn.Module):
     """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
-    the failures that the agent has learned to avoid. Where actions are Discrete, the target is the best of them by the
-    model where that is more: without it, what was done badly in good states would make them look bad. (For a Box, the
-    best of random actions was tried as well: it picks the errors of the model, and the agent runs into what it has not
-    seen.)
+    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best of some
+    random sequences of actions would bring by the model, where that is more: without it, what was done badly in good
+    states would make them look bad. (For a Box, the best of random actions was tried as well: it picks the errors of
+    the model, and the agent runs into what it has not seen.)
 
     Five networks, of which the value is the mean minus the standard deviation: far from the data each says something
     else, and what is not known must not attract. They are learned from scratch each time: a network that has followed
@@ -597,7 +597,7 @@ class Value(nn.Module):
     """
 
     networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
-    rounds, updates = 40, 50  # the targets are computed anew in each round
+    rounds, updates = 20, 100  # the targets are computed anew in each round
 
     def __init__(self, obs_size: int, generator: torch.Generator):
         super().__init__()
@@ -647,8 +647,9 @@ class Value(nn.Module):
     def fit(
         self, data: "Buffer", options: tuple[Tensor, Tensor, Tensor] | None, gamma: float, generator: torch.Generator
     ) -> dict[str, float]:
-        """Learns the value of all states, (size,). `options`: the next states, rewards and survival probabilities that
-        the model foresees for K actions in each of them, (K, size, obs_size), (K, size) and (K, size)."""
+        """Learns the value of all states, (size,). `options`: what the model foresees for K sequences of actions from
+        each of them: the states after, discounted rewards, and the factors of what comes then: (K, size, obs_size), (K,
+        size) and (K, size)."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
         obs, most = data.column("obs"), data.column("reward").max()
@@ -657,8 +658,8 @@ class Value(nn.Module):
             with torch.no_grad():
                 returns = self.lambda_returns(data, gamma)
                 if options is not None:
-                    next_obs, reward, survival = options
-                    returns = torch.maximum(returns, (reward + gamma * survival * self(next_obs)).amax(0))
+                    state, reward, discount = options
+                    returns = torch.maximum(returns, (reward + discount * self(state)).amax(0))
                 returns, obs_std = returns.clamp(max=self.most), obs.std(0, correction=0)
                 self.obs_mean.copy_(obs.mean(0))
                 self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
@@ -1051,17 +1052,22 @@ class Agent:
         self.trained_on = size
 
     @torch.no_grad()
-    def options(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the elites foresee on average for every Discrete action in all real states."""
+    def options(self, steps: int = 8) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the elites, in turn, foresee for sequences of random Discrete actions from all real states."""
         if not self.discrete:
             return None
-        obs, layers, found = self.data.column("obs"), self.model.select(self.model.elites), []
-        actions = torch.eye(self.action_size, device=self.device)[:, None].expand(-1, len(obs), -1)
-        for action in actions:  # (size, A)
-            obs_of_all, action_of_all = (part.expand(len(self.model.elites), -1, -1) for part in (obs, action))
-            delta, _ = self.model.predict(obs_of_all, action_of_all, layers[0])
-            step = self.model, layers, obs_of_all, action_of_all, delta, self.reward_fn, self.termination_fn
-            found.append([(obs + delta).mean(0), *(part.float().mean(0) for part in outcome(*step))])
+        obs, elites, found = self.data.column("obs"), self.model.elites, []
+        for index in range(8 * self.action_size):
+            layers = self.model.select(elites[index % len(elites)][None])
+            state, returns, discount = obs[None], 0.0, 1.0  # (1, size, obs_size)
+            for _ in range(steps):
+                action = self.random_action().expand(1, len(obs), -1)
+                delta, _ = self.model.predict(state, action, layers[0])
+                given = self.reward_fn, self.termination_fn
+                reward, survival = outcome(self.model, layers, state, action, delta, *given)
+                returns, discount = returns + discount * reward, discount * self.args.gamma * survival
+                state = state + delta
+            found.append((state[0], returns[0], discount[0]))
         return tuple(map(torch.stack, zip(*found, strict=True)))
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
@@ -1186,6 +1192,12 @@ def saved_args(folder: str) -> Args:
         raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
+def run_folder(args: Args) -> Path:
+    """The folder of the run to go on with or to evaluate, or the name of a new one."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+
+
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
@@ -1193,13 +1205,11 @@ class Run:
     videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
     """
 
-    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
-        self.args, self.agent, self.episodes = args, agent, episodes
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
+        self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
         self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,8 @@ class Args:
     """Steps of each (DreamerV3: 64)."""
     replay_size: int = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
+    replay_on_disk: bool = False
+    """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints."""
     learning_rate: float = 4e-5
     """Step size of the optimizer (DreamerV3: 4e-5)."""
     warmup: int = 1_000
@@ -769,6 +771,7 @@ class Replay:
         if shapes.image:
             fixed["image"] = (shapes.image, np.uint8)
         self.fixed = {name: self.make(name, (streams, rows, *shape), dtype) for name, (shape, dtype) in fixed.items()}
+        rows = self.fixed["action"].shape[1]  # of files that were there
         self.deter = np.zeros((streams, rows, size.deter), np.float32)
         self.stoch = np.zeros((streams, rows, size.stoch), np.int16)  # which class
         self.added = np.zeros(streams, np.int64)
@@ -779,10 +782,13 @@ class Replay:
         if self.folder is None:
             return np.zeros(shape, dtype)
         path = self.folder / f"{name}.npy"
-        if path.exists():
-            return np.lib.format.open_memmap(path, "r+")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return np.lib.format.open_memmap(path, "w+", dtype, shape)
+        found = np.lib.format.open_memmap(path, "r+")
+        if found.shape[1] < shape[1]:
+            raise Failure(f"{path} has no room for checkpoints that far apart; --checkpoint-every must not grow")
+        return found
 
     def add(self, stream: int, deter: Array, stoch: Array, **row: Any) -> None:
         """Appends a step to a stream."""
@@ -830,8 +836,8 @@ class Replay:
     def load_state_dict(self, state: dict) -> None:
         self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
         columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
-        for name, column in columns.items():
-            column[:, : state[name].shape[1]] = state[name].numpy()
+        for name in columns.keys() & state.keys():  # an evaluation does without what is in files
+            columns[name][:, : state[name].shape[1]] = state[name].numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1029,9 +1035,10 @@ class Agent:
         self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
         if args.compile:
             self.nets.rssm.core = torch.compile(self.nets.rssm.core)
-        rows, spare = args.replay_size // args.num_envs, 2 * args.checkpoint_every // args.num_envs + 2
-        length = args.batch_length + 1  # the latent state of its first row is where the sequence starts
-        self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare if folder else 0, folder)
+        rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # the first for its latent state alone
+        # What two checkpoints need, and a row more for each episode that ends.
+        spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
+        self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
         self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
         self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
         self.rewards, self.seen = [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
@@ -1276,6 +1283,12 @@ def saved_args(folder: str) -> Args:
         raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
+def run_folder(args: Args) -> Path:
+    """The folder of the run to go on with or to evaluate, or the name of a new one."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+
+
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
@@ -1283,13 +1296,11 @@ class Run:
     videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
     """
 
-    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
-        self.args, self.agent, self.episodes = args, agent, episodes
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
+        self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
         self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1470,9 +1481,11 @@ def train(args: Args) -> dict:
     """Dreamer: acting and training in turns; returns what is in result.json."""
     torch.set_num_threads(args.threads)
     envs = [make_env(args) for _ in range(args.num_envs)]
-    agent = Agent(envs[0].observation_space, envs[0].action_space, args)
+    path = run_folder(args)
+    files = path / "replay" if args.replay_on_disk and not args.evaluate else None
+    agent = Agent(envs[0].observation_space, envs[0].action_space, args, files)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
-    run = Run(args, agent, episodes)
+    run = Run(args, agent, episodes, path)
     for step in run.steps(args.num_envs):
         observations = [episode.obs for episode in episodes]
         actions = agent.act_many(observations)

@@ -627,6 +627,12 @@ def saved_args(folder: str) -> Args:
         raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
 
 
+def run_folder(args: Args) -> Path:
+    """The folder of the run to go on with or to evaluate, or the name of a new one."""
+    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
+    return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
+
+
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
@@ -634,13 +640,11 @@ class Run:
     videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
     """
 
-    def __init__(self, args: Args, agent: Any, episodes: list[Episode]):
-        self.args, self.agent, self.episodes = args, agent, episodes
+    def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
+        self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
         self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-        self.path = Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -630,7 +630,11 @@ def test_value_is_that_of_the_best_actions_though_the_data_show_the_worst():
         data.add(obs=[row % 6], action=[0], reward=float(row == 0), delta=[1], **fields)
     obs = data.column("obs")
     right = (obs + 1).clamp(max=5)
-    options = torch.stack([right, obs]), torch.stack([(right == 5).float()[:, 0], torch.zeros(600)]), torch.ones(2, 600)
+    options = (
+        torch.stack([right, obs]),
+        torch.stack([(right == 5).float()[:, 0], torch.zeros(600)]),
+        torch.full((2, 600), 0.5),
+    )
     value.fit(data, options, 0.5, generator(1))
     wanted = 2 * 0.5 ** torch.tensor([4.0, 3, 2, 1, 0, 0])  # 1 + 0.5 + 0.25 + ... where it is reached next
     wanted[0] = 1.0  # its data once had a reward of 1, which is more than it is worth
@@ -641,7 +645,7 @@ def test_value_is_that_of_the_best_actions_though_the_data_show_the_worst():
 def test_value_is_never_above_what_the_best_reward_forever_would_give():
     data = linear_data(60)
     value, obs, most = cem_mpc.Value(OBS, generator()), data.column("obs"), data.column("reward").max().item()
-    huge = obs[None], torch.full((1, len(obs)), 1e6), torch.ones(1, len(obs))
+    huge = obs[None], torch.full((1, len(obs)), 1e6), torch.full((1, len(obs)), 0.9)
     value.fit(data, huge, 0.9, generator(1))
     assert value(obs).mean().item() == pytest.approx(max(most, most / 0.1), rel=0.05)
 
@@ -677,9 +681,9 @@ def test_value_does_not_promise_much_where_nothing_was_seen():
     assert value(far).mean() < value(far / 20).mean() - 1
 
 
-def test_options_are_what_the_elites_foresee_on_average():
+def test_options_are_what_the_elites_foresee_in_turn():
     env = gym.make("CartPole-v1")
-    agent = Agent(env.observation_space, env.action_space, small_args(terminal_value=True))
+    agent = Agent(env.observation_space, env.action_space, small_args(terminal_value=True, gamma=0.9))
     env.action_space.seed(0)
     obs, _ = env.reset(seed=0)
     for _ in range(40):
@@ -688,19 +692,25 @@ def test_options_are_what_the_elites_foresee_on_average():
         agent.observe(obs, action, reward, next_obs, terminated, truncated)
         obs = env.reset()[0] if terminated or truncated else next_obs
     agent.update()
-    next_obs, reward, survival = agent.options()
-    for row, option in ((3, 0), (17, 1)):
-        wanted = []
-        for member in agent.model.elites.tolist():
-            layers = agent.model.select(torch.tensor([member]))
-            state, action = agent.data.obs[row].view(1, 1, -1), torch.eye(2)[option].view(1, 1, -1)
-            delta, _ = agent.model.predict(state, action, layers[0])
-            found = agent.model.predict_reward(delta, action, state + delta, layers[1])
-            going = 1 - agent.model.termination_logit(state + delta, layers[2]).sigmoid()
-            found = found * agent.model.reward_std + agent.model.reward_mean
-            wanted.append(torch.cat([(state + delta).view(-1), found.view(1), going.view(1)]))
-        got = torch.cat([next_obs[option, row], reward[option, row, None], survival[option, row, None]])
-        torch.testing.assert_close(got, torch.stack(wanted).mean(0), rtol=1e-4, atol=1e-5)
+    before = agent.generator.get_state()
+    states, rewards, discounts = agent.options(steps=3)
+    assert states.shape == (16, 40, 4)
+    assert rewards.shape == discounts.shape == (16, 40)
+    agent.generator.set_state(before)
+    sequences = [[agent.random_action() for _ in range(3)] for _ in range(16)]
+    assert len({tuple(int(action.argmax()) for action in sequence) for sequence in sequences}) > 4
+    for option, row in ((0, 3), (1, 17), (5, 39)):
+        layers = agent.model.select(agent.model.elites[option % len(agent.model.elites)][None])
+        state, total, alive = agent.data.obs[row].view(1, 1, -1), 0.0, 1.0
+        for step, action in enumerate(sequences[option]):
+            delta, _ = agent.model.predict(state, action.view(1, 1, -1), layers[0])
+            reward = agent.model.predict_reward(delta, action.view(1, 1, -1), state + delta, layers[1]).item()
+            total += 0.9**step * alive * (reward * agent.model.reward_std + agent.model.reward_mean).item()
+            alive *= 1 - agent.model.termination_logit(state + delta, layers[2]).sigmoid().item()
+            state = state + delta
+        torch.testing.assert_close(states[option, row], state.view(-1), rtol=1e-4, atol=1e-5)
+        assert rewards[option, row].item() == pytest.approx(total, rel=1e-4)
+        assert discounts[option, row].item() == pytest.approx(0.9**3 * alive, rel=1e-4)
 
 
 def test_value_is_learned_from_scratch_each_time():

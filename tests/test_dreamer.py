@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, tiny_args
+from conftest import learned, only_run, tiny_args
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -502,6 +502,40 @@ def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
     assert np.array_equal(
         other.sample(6, np.random.default_rng(0))[1]["vector"], second.sample(6, np.random.default_rng(0))[1]["vector"]
     )
+
+
+def test_a_run_with_its_replay_on_disk_is_resumed_exactly(tmp_path, monkeypatch):
+    """The ring is overwritten between checkpoint and crash, and still ends as an uninterrupted run in memory does."""
+    settings = {"total_timesteps": 320, "replay_size": 60, "checkpoint_every": 100, "eval_episodes": 1}
+    whole = dreamer.train(small_args(run_dir=str(tmp_path / "whole"), **settings))
+    args = small_args(run_dir=str(tmp_path / "killed"), replay_on_disk=True, **settings)
+    update, calls = dreamer.Agent.update, []
+
+    def update_until_killed(agent: dreamer.Agent) -> None:
+        update(agent)
+        calls.append(agent.steps)
+        if agent.steps == 290:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(dreamer.Agent, "update", update_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        dreamer.train(args)
+    monkeypatch.undo()
+    run = only_run(tmp_path / "killed")
+    assert {path.name for path in (run / "replay").iterdir()} >= {"vector.npy", "action.npy", "reward.npy"}
+    ended = dreamer.train(dataclasses.replace(args, resume=str(run)))
+    assert ended["eval_return_mean"] == whole["eval_return_mean"]
+    one, two = (learned(dreamer, only_run(tmp_path / name))["agent"] for name in ("whole", "killed"))
+    assert "vector" in one["replay"]
+    assert "vector" not in two["replay"]
+    assert all(one[name] == two[name] for name in one.keys() - {"replay"})
+    # An evaluation leaves the files alone, and a checkpoint that would need more room is refused.
+    before = {path: path.stat().st_mtime_ns for path in (run / "replay").iterdir()}
+    evaluated = dreamer.train(dataclasses.replace(args, evaluate=str(run)))
+    assert evaluated["eval_return_mean"] == whole["eval_return_mean"]
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "replay").iterdir()}
+    with pytest.raises(dreamer.Failure, match="--checkpoint-every must not grow"):
+        dreamer.train(dataclasses.replace(args, resume=str(run), checkpoint_every=1_000))
 
 
 def test_open_loop_shows_what_the_model_foretells_and_changes_nothing(tmp_path):
