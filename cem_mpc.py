@@ -63,7 +63,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -584,14 +584,24 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     return logs
 
 
+class Options(NamedTuple):
+    """For N states, of which the real ones are the first, what the model foresees for K sequences of actions."""
+
+    states: Tensor  # (N, obs_size)
+    after: Tensor  # (K, N, obs_size): the states at the end of the sequences
+    rewards: Tensor  # (K, N): discounted, on the way
+    discounts: Tensor  # (K, N): of the value of the states after
+
+
 class Value(nn.Module):
     """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
     the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best of some
     random sequences of actions would bring by the model, where that is more: without it, what was done badly in good
-    states would make them look bad. (For a Box, the best of random actions was tried as well: it picks the errors of
-    the model, and the agent runs into what it has not seen.)
+    states would make them look bad; and states near the real ones are learned, too, such as a way back would lead
+    through. (For a Box, the best of random actions was tried as well: it picks the errors of the model, and the agent
+    runs into what it has not seen.)
 
-    Five networks, of which the value is the mean minus the standard deviation: far from the data each says something
+    Five networks, of which the value is the mean minus two standard deviations: far from the data each says something
     else, and what is not known must not attract. They are learned from scratch each time: a network that has followed
     changing targets for long judges states that it has not seen worse (Nikishin et al. 2022).
     """
@@ -624,9 +634,9 @@ class Value(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
         values = self.each(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
-        values = (values * self.return_std + self.return_mean).clamp(max=self.most)
-        spread = (values.var(0, correction=0) + 1e-8).sqrt()  # with a gradient where all are clamped
-        return (values.mean(0) - spread).view(obs.shape[:-1])
+        mean, spread = values.mean(0), values.std(0, correction=0)
+        mean, spread = mean * self.return_std + self.return_mean, spread * self.return_std
+        return (mean.clamp(max=self.most) - 2 * spread).view(obs.shape[:-1])
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
         """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
@@ -645,31 +655,30 @@ class Value(nn.Module):
         return torch.tensor(returns, device=obs.device)
 
     def fit(
-        self, data: "Buffer", options: tuple[Tensor, Tensor, Tensor] | None, gamma: float, generator: torch.Generator
+        self, data: "Buffer", options: Options | None, gamma: float, generator: torch.Generator
     ) -> dict[str, float]:
-        """Learns the value of all states, (size,). `options`: what the model foresees for K sequences of actions from
-        each of them: the states after, discounted rewards, and the factors of what comes then: (K, size, obs_size), (K,
-        size) and (K, size)."""
+        """Learns the value of all real states, and of those of `options`."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
-        obs, most = data.column("obs"), data.column("reward").max()
+        obs, most = data.column("obs") if options is None else options.states, data.column("reward").max()
         self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
         for _ in range(self.rounds):
             with torch.no_grad():
-                returns = self.lambda_returns(data, gamma)
+                wanted = self.lambda_returns(data, gamma)
                 if options is not None:
-                    state, reward, discount = options
-                    returns = torch.maximum(returns, (reward + discount * self(state)).amax(0))
-                returns, obs_std = returns.clamp(max=self.most), obs.std(0, correction=0)
+                    best = (options.rewards + options.discounts * self(options.after)).amax(0)
+                    best[: data.size] = torch.maximum(best[: data.size], wanted)
+                    wanted = best
+                wanted, obs_std = wanted.clamp(max=self.most), obs.std(0, correction=0)
                 self.obs_mean.copy_(obs.mean(0))
                 self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
-                self.return_mean.fill_(returns.mean())
-                self.return_std.fill_(returns.std(correction=0) + 1e-6)
+                self.return_mean.fill_(wanted.mean())
+                self.return_std.fill_(wanted.std(correction=0) + 1e-6)
+                wanted = (wanted - self.return_mean) / self.return_std
             for _ in range(self.updates):
                 shape = (self.networks, self.batch_size)
                 rows = torch.randint(len(obs), shape, generator=generator, device=obs.device)
-                wanted = (returns[rows] - self.return_mean) / self.return_std
-                loss = ((self.each(obs[rows]) - wanted) ** 2).mean(1).sum()
+                loss = ((self.each(obs[rows]) - wanted[rows]) ** 2).mean(1).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -970,8 +979,7 @@ class Agent:
     def random_action(self) -> Tensor:
         """Uniform action (A,), in [-1, 1] or one-hot."""
         if self.discrete:
-            index = torch.randint(self.action_size, (), generator=self.generator, device=self.device)
-            return F.one_hot(index, self.action_size).float()
+            return F.one_hot(self.random_actions(), self.action_size).float()
         return uniform(1, self.neutral, self.generator)[0, 0]
 
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
@@ -1051,24 +1059,39 @@ class Agent:
             self.logs |= self.value.fit(self.data, self.options(), args.gamma, self.generator)
         self.trained_on = size
 
+    def foresee(self, state: Tensor, action: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """States (B, obs_size) and Discrete actions (B,) -> what one of the elites expects: next states (B, obs_size),
+        rewards and probabilities of going on (B,)."""
+        layers = self.model.select(self.model.elites[index % len(self.model.elites)][None])
+        step = state[None], F.one_hot(action, self.action_size).float()[None]
+        delta, _ = self.model.predict(*step, layers[0])
+        reward, survival = outcome(self.model, layers, *step, delta, self.reward_fn, self.termination_fn)
+        return state + delta[0], reward[0], survival[0].float()
+
+    def random_actions(self, *shape: int) -> Tensor:
+        return torch.randint(self.action_size, shape, generator=self.generator, device=self.device)
+
     @torch.no_grad()
-    def options(self, steps: int = 8) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the elites, in turn, foresee for sequences of random Discrete actions from all real states."""
+    def options(self, steps: int = 8, count: int = 2_000) -> Options | None:
+        """For Discrete actions: states near real ones, to which up to `steps` random actions lead by the model, and
+        what random sequences of actions bring from there, and from all real states."""
         if not self.discrete:
             return None
-        obs, elites, found = self.data.column("obs"), self.model.elites, []
+        real = self.data.column("obs")
+        rows = torch.randint(len(real), (count,), generator=self.generator, device=self.device)
+        state, alive, near = real[rows], torch.ones_like(rows, dtype=torch.bool), []
+        for step in range(steps):  # of these walks, every eighth ends here
+            state, _, survival = self.foresee(state, self.random_actions(count), step)
+            alive = alive & (survival > 0.5)
+            near.append(state[step::steps][alive[step::steps]])
+        states, found = torch.cat([real, *near]), []
         for index in range(8 * self.action_size):
-            layers = self.model.select(elites[index % len(elites)][None])
-            state, returns, discount = obs[None], 0.0, 1.0  # (1, size, obs_size)
-            for _ in range(steps):
-                action = self.random_action().expand(1, len(obs), -1)
-                delta, _ = self.model.predict(state, action, layers[0])
-                given = self.reward_fn, self.termination_fn
-                reward, survival = outcome(self.model, layers, state, action, delta, *given)
+            state, returns, discount = states, 0.0, 1.0
+            for action in self.random_actions(steps):
+                state, reward, survival = self.foresee(state, action.expand(len(states)), index)
                 returns, discount = returns + discount * reward, discount * self.args.gamma * survival
-                state = state + delta
-            found.append((state[0], returns[0], discount[0]))
-        return tuple(map(torch.stack, zip(*found, strict=True)))
+            found.append((state, returns, discount))
+        return Options(states, *map(torch.stack, zip(*found, strict=True)))
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode, which neither learns nor touches the agent."""

@@ -1144,11 +1144,14 @@ class Agent:
         truncated: bool = False,
         env: int = 0,
     ) -> None:
-        """Stores one step of an environment; its episode goes to the replay when it ends, or in parts of 200 steps."""
+        """Stores one step of an environment; its episode goes to the replay when it ends, or in parts of up to 200."""
         part = self.parts[env]
         part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
-        if terminated or truncated or len(part) >= min(200, self.args.buffer_size - 1):
+        # The first parts are shorter, so that there is something to learn from after `learning_starts` steps.
+        args, started = self.args, self.replay.added >= self.args.learning_starts
+        length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
+        if terminated or truncated or len(part) >= min(length, args.buffer_size - 1):
             self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
 
