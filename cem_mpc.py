@@ -223,7 +223,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15}
+    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15, "train_every": 100}
     | {"hidden": (128, 128), "weight_decay": (2.5e-5, 5e-5, 1e-4)},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
     | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
