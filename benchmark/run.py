@@ -69,7 +69,7 @@ def arguments_of(suite: Suite, entry: Entry) -> list[str]:
 def find_runs(suite: Suite, entry: Entry) -> tuple[dict[int, Path], list[Path]]:
     """Run folders made with the arguments that the suite declares, by seed, and those made with other arguments."""
     script = Path(entry.script).stem
-    module = importlib.import_module(script)
+    module = importlib.import_module(entry.script.removesuffix(".py").replace("/", "."))
     default = module.Args(**{"env_id": entry.env_id} | module.PRESETS.get(entry.env_id, {}))
     args = tyro.cli(module.Args, default=default, args=arguments_of(suite, entry))
     declared = json.loads(json.dumps(vars(args)))  # as it would come back from the file: lists, not tuples

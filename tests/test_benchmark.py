@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,3 +198,23 @@ def test_games_of_a_run(tmp_path: Path):
     assert all(len(line.split("|")) == 9 for line in lines)
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         tic_tac_toe.measure([tmp_path])
+
+
+def test_a_baseline_is_run_collected_and_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setattr(run, "RUNS", ROOT / "benchmark" / "runs" / tmp_path.name)
+    monkeypatch.setattr(collect, "RESULTS", tmp_path)
+    entry = suites.Entry("PPO", "benchmark/baselines.py", "CartPole-v1", 400, 1, "--algorithm ppo", baseline=True)
+    suite = dataclasses.replace(SMALL, entries=(entry,), arguments="--eval-every 200 --eval-episodes 2")
+    try:
+        assert run.run_suite(suite, 1) == 0
+        collect.collect_suite(suite)
+        before = (tmp_path / "small.csv").read_bytes()
+        assert before.count(b"PPO,CartPole-v1,1,") == 2
+        (folder,) = run.find_runs(suite, entry)[0].values()
+        (folder / "result.json").unlink()
+        assert run.run_suite(suite, 1) == 0
+        collect.collect_suite(suite)
+        assert (tmp_path / "small.csv").read_bytes() == before
+    finally:
+        shutil.rmtree(run.RUNS, ignore_errors=True)
