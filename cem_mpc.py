@@ -662,6 +662,9 @@ class Value(nn.Module):
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
         obs, most = data.column("obs") if options is None else options.states, data.column("reward").max()
         self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
+        obs_std = obs.std(0, correction=0)
+        self.obs_mean.copy_(obs.mean(0))
+        self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
         for _ in range(self.rounds):
             with torch.no_grad():
                 wanted = self.lambda_returns(data, gamma)
@@ -669,9 +672,7 @@ class Value(nn.Module):
                     best = (options.rewards + options.discounts * self(options.after)).amax(0)
                     best[: data.size] = torch.maximum(best[: data.size], wanted)
                     wanted = best
-                wanted, obs_std = wanted.clamp(max=self.most), obs.std(0, correction=0)
-                self.obs_mean.copy_(obs.mean(0))
-                self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
+                wanted = wanted.clamp(max=self.most)
                 self.return_mean.fill_(wanted.mean())
                 self.return_std.fill_(wanted.std(correction=0) + 1e-6)
                 wanted = (wanted - self.return_mean) / self.return_std
