@@ -4,6 +4,7 @@
     python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
+    python -m benchmark report          all CSV files -> the tables of benchmark/README.md
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo or muzero is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
 
@@ -20,8 +21,9 @@ import tyro
 from . import speed_cem_mpc, speed_dyna_q, speed_mbpo, speed_muzero, tic_tac_toe
 from .collect import collect_suite
 from .plot import plot_suite
+from .plot import report as write_report
 from .run import run_suite
-from .suites import SUITES, Incomplete, Suite
+from .suites import RESULTS, SUITES, Incomplete, Suite
 
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
 SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
@@ -75,6 +77,14 @@ def run_collect_plot(suite: SuiteName, workers: Workers = 2) -> None:
     plot(suite)
 
 
+def report() -> None:
+    """Write the tables of benchmark/README.md from the CSV files."""
+    try:
+        write_report(list(SUITES.values()), RESULTS.parent / "README.md")
+    except Incomplete as error:
+        fail(str(error), 1)
+
+
 def speed(script: Script, peer: Path | None = None, rounds: int = 7) -> None:
     """Measure how fast a script is.
 
@@ -107,7 +117,15 @@ def stop(number: int, _: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
-    commands = {"all": run_collect_plot, "run": run, "collect": collect, "plot": plot, "speed": speed, "games": games}
+    commands = {
+        "all": run_collect_plot,
+        "run": run,
+        "collect": collect,
+        "plot": plot,
+        "report": report,
+        "speed": speed,
+        "games": games,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
-"""Turns the TensorBoard events of a suite's runs into two CSV files in `benchmark/results`.
+"""Turns the TensorBoard events of a suite's runs into CSV files in `benchmark/results`.
 
-`SUITE.csv` holds a row for each training episode or evaluation; the same seeds give the same bytes. `SUITE_runs.csv`
-holds a row for each run, with the time that it took.
+`SUITE.csv` holds a row for each training episode or evaluation; the same seeds give the same bytes. What differs from
+machine to machine is apart: `SUITE_runs.csv` holds a row for each run, with the time that it took, and, where a row is
+an evaluation, `SUITE_times.csv` the time that had passed at each.
 """
 
 import csv
@@ -17,17 +18,19 @@ from .suites import RESULTS, Entry, Incomplete, Suite
 
 COLUMNS = ["algorithm", "env", "seed", "env_steps", "return", "length"]
 RUN_COLUMNS = ["algorithm", "env", "seed", "env_steps", "episodes", "wall_seconds", "eval_return_mean"]
+TIME_COLUMNS = ["algorithm", "env", "seed", "env_steps", "wall_seconds"]
 GROUP = {"episodes": "charts", "evaluations": "eval"}
 
 
-def read_scalars(run: Path, *tags: str) -> list[list[tuple[int, float]]]:
-    """The points (environment step, value) of each tag in the event files of a run folder, in the order of logging."""
-    points: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags}
+def read_scalars(run: Path, *tags: str) -> list[list[tuple[int, float, float]]]:
+    """The points (environment step, value, wall-clock time) of each tag in the event files of a run folder, in the
+    order of logging."""
+    points: dict[str, list[tuple[int, float, float]]] = {tag: [] for tag in tags}
     for path in sorted(run.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag in points:
-                    points[value.tag].append((event.step, value.simple_value))
+                    points[value.tag].append((event.step, value.simple_value, event.wall_time))
     return [points[tag] for tag in tags]
 
 
@@ -59,8 +62,17 @@ def rows_of(suite: Suite, run: Path) -> list[list[str]]:
     returns, lengths = returns[: suite.first_episodes], lengths[: suite.first_episodes]
     return [
         [str(step), number(episodic_return), number(length)]
-        for (step, episodic_return), (_, length) in zip(returns, lengths, strict=True)
+        for (step, episodic_return, _), (_, length, _) in zip(returns, lengths, strict=True)
     ]
+
+
+def times_of(run: Path, wall_seconds: float) -> list[list[str]]:
+    """Environment steps and seconds since the start of each evaluation of a run. For a run that was interrupted, which
+    took `wall_seconds` without the pauses, they are right at the end and else an estimate."""
+    first = min(event.wall_time for path in run.glob("events.*") for event in LegacyEventFileLoader(str(path)).Load())
+    (points,) = read_scalars(run, "eval/episodic_return")
+    share = wall_seconds / max(points[-1][2] - first, 1e-9)
+    return [[str(step), f"{(time - first) * min(share, 1.0):.1f}"] for step, _, time in points]
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[list]) -> None:
@@ -72,13 +84,17 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[list]) -> None:
 
 
 def collect_suite(suite: Suite) -> None:
-    """Writes both CSV files of a suite."""
-    rows, run_rows = [], []
+    """Writes the CSV files of a suite."""
+    rows, run_rows, time_rows = [], [], []
     for entry, seed, run in runs_of(suite):
         run_of = [entry.label, entry.env_id, seed]
         rows += [run_of + row for row in rows_of(suite, run)]
         result = json.loads((run / "result.json").read_text())
+        if suite.collect == "evaluations":
+            time_rows += [run_of + row for row in times_of(run, result["wall_seconds"])]
         result["wall_seconds"] = round(result["wall_seconds"], 2)
         run_rows.append(run_of + [result[column] for column in RUN_COLUMNS[3:]])
     write_csv(RESULTS / f"{suite.name}.csv", COLUMNS, rows)
     write_csv(RESULTS / f"{suite.name}_runs.csv", RUN_COLUMNS, run_rows)
+    if time_rows:
+        write_csv(RESULTS / f"{suite.name}_times.csv", TIME_COLUMNS, time_rows)

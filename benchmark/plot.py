@@ -8,6 +8,7 @@ bytes.
 import csv
 from collections import defaultdict
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -59,6 +60,19 @@ def read_runs(suite: Suite) -> dict[str, dict[str, list[np.ndarray]]]:
             message = f"{path} has {found} runs of {entry.label}, not {entry.seeds}"
             raise Incomplete(f"{message}: python -m benchmark all {suite.name}")
     return runs
+
+
+def read_times(suite: Suite) -> dict[tuple[str, str], list[np.ndarray]]:
+    """(env, algorithm) -> for each run the minutes that had passed at each evaluation; empty where none were kept."""
+    path, seconds = RESULTS / f"{suite.name}_times.csv", defaultdict(list)
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                seconds[row["env"], row["algorithm"], row["seed"]].append(float(row["wall_seconds"]))
+    times = defaultdict(list)
+    for (env, algorithm, _), values in seconds.items():
+        times[env, algorithm].append(np.array(values) / 60)
+    return times
 
 
 def curves_of(suite: Suite, runs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,16 +132,30 @@ def spread(heights: list[float]) -> list[float]:
     return moved[np.argsort(order)].tolist()
 
 
-def draw_panel(axes: Axes, suite: Suite, env: str, algorithms: dict[str, list[np.ndarray]]) -> None:
-    """The curves of one environment, each with its label at its end."""
-    axes.set(xlim=suite.xlim, ylim=suite.ylim, xlabel=suite.xlabel, ylabel=suite.ylabel)
+def over_minutes(runs: list[np.ndarray], times: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """As `curves_of`, over the minutes that all runs took: a return holds until the next evaluation is done."""
+    x = np.linspace(max(time[0] for time in times), min(time[-1] for time in times), 101)
+    last = [np.searchsorted(time, x, side="right") - 1 for time in times]
+    return x, np.stack([run[index, 1] for run, index in zip(runs, last, strict=True)])
+
+
+def draw_panel(
+    axes: Axes, suite: Suite, env: str, algorithms: dict[str, list[np.ndarray]], times: dict | None = None
+) -> None:
+    """The curves of one environment, each with its label at its end; with `times`, over minutes."""
+    axes.set(ylim=suite.ylim, ylabel=suite.ylabel)
+    if times is None:
+        axes.set(xlim=suite.xlim, xlabel=suite.xlabel)
+    else:
+        axes.set(xlim=(0, max(time[-1] for found in times.values() for time in found)), xlabel="minutes")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = suite.ylim
     ours = dict.fromkeys(entry.label for entry in suite.entries if not entry.baseline)
     colours, labels = dict(zip(ours, cycle(COLOURS), strict=False)), []
     for entry in (entry for entry in suite.entries if entry.env_id == env):
-        x, scores = curves_of(suite, algorithms[entry.label])
+        runs = algorithms[entry.label]
+        x, scores = curves_of(suite, runs) if times is None else over_minutes(runs, times[env, entry.label])
         centre, lower, upper = summarize(suite, scores)
         colour = GREY if entry.baseline else colours[entry.label]
         axes.plot(x, centre, color=colour, linewidth=1.8)
@@ -139,21 +167,21 @@ def draw_panel(axes: Axes, suite: Suite, env: str, algorithms: dict[str, list[np
         labels.append((text, GREY, (height - low) / (high - low)))
     for (text, colour, _), height in zip(labels, spread([label[2] for label in labels]), strict=True):
         axes.text(1.015, height, text, color=colour, va="center", transform=axes.transAxes)
-    if suite.vertical:
+    if suite.vertical and times is None:
         x, text = suite.vertical
         axes.axvline(x, color=GREY, linewidth=0.8, linestyle="--")
         offset = {"xytext": (5, -3), "textcoords": "offset points"}
         axes.annotate(text, (x, high), va="top", fontsize=9, linespacing=1.3, **offset)
 
 
-def draw(suite: Suite) -> Figure:
-    """The figure of a suite: a panel for each environment."""
+def draw(suite: Suite, times: dict | None = None) -> Figure:
+    """The figure of a suite: a panel for each environment; with `times`, over minutes."""
     runs = read_runs(suite)
     with rc_context(STYLE):
         figure = Figure(figsize=(7 * len(runs), 4), layout="constrained")
         panels = figure.subplots(1, len(runs), squeeze=False)[0]
         for axes, (env, algorithms) in zip(panels, runs.items(), strict=True):
-            draw_panel(axes, suite, env, algorithms)
+            draw_panel(axes, suite, env, algorithms, times)
             axes.set_title(suite.title if len(runs) == 1 else env)
         if len(runs) > 1:
             figure.suptitle(suite.title)
@@ -166,22 +194,65 @@ def table(suite: Suite) -> str:
         f"| {suite.xlabel} | " + " | ".join(f"{x:,}" for x in suite.table_at) + " |",
         "|---" * (len(suite.table_at) + 1) + "|",
     ]
-    for env, algorithms in read_runs(suite).items():
+    found = read_runs(suite)
+    for env, algorithms in found.items():
         for label, runs in algorithms.items():
             x, scores = curves_of(suite, runs)
-            at = np.searchsorted(x, suite.table_at)
-            numbers = zip(*(values[at] for values in summarize(suite, scores)), strict=True)
+            columns = [x.searchsorted(at) for at in suite.table_at if at <= x[-1]]
+            numbers = zip(*(values[columns] for values in summarize(suite, scores)), strict=True)
             if suite.statistic == "mean":
                 cells = [f"{centre:.1f} ± {upper - centre:.1f}" for centre, _, upper in numbers]
             else:
-                cells = [f"{centre:.3f} [{lower:.3f}, {upper:.3f}]" for centre, lower, upper in numbers]
-            lines.append(f"| {env}, {label} | " + " | ".join(cells) + " |")
+                digits = 3 if suite.ylim[1] - suite.ylim[0] < 10 else 1
+                cells = [
+                    f"{centre:.{digits}f} [{lower:.{digits}f}, {upper:.{digits}f}]" for centre, lower, upper in numbers
+                ]
+            cells += [""] * (len(suite.table_at) - len(cells))
+            lines.append(f"| {label if len(found) == 1 else f'{env}, {label}'} | " + " | ".join(cells) + " |")
+    for row in suite.quoted:
+        lines.append("| " + " | ".join(row + ("",) * (1 + len(suite.table_at) - len(row))) + " |")
+    return "\n".join(lines)
+
+
+def threshold_table(suite: Suite) -> str:
+    """Markdown table: after how many steps and minutes an evaluation first reached `suite.threshold`."""
+    lines = [
+        f"| first evaluation of {suite.threshold:g} or more | seeds | environment steps | minutes |",
+        "|---|---|---|---|",
+    ]
+    times = read_times(suite)
+    for env, algorithms in read_runs(suite).items():
+        for label, runs in algorithms.items():
+            reached = [(index, np.flatnonzero(run[:, 1] >= suite.threshold)) for index, run in enumerate(runs)]
+            first = [(index, where[0]) for index, where in reached if len(where)]
+            steps = ", ".join(f"{runs[index][at, 0]:,.0f}" for index, at in first) or "-"
+            minutes = ", ".join(f"{times[env, label][index][at]:.1f}" for index, at in first) or "-"
+            lines.append(f"| {label} | {len(first)} of {len(runs)} | {steps} | {minutes} |")
     return "\n".join(lines)
 
 
 def plot_suite(suite: Suite) -> None:
-    """Writes the SVG of a suite and prints its table."""
-    figure = draw(suite)
+    """Writes the SVG of a suite, a second one over minutes where times are known, and prints its tables."""
+    figures = {f"{suite.name}.svg": draw(suite)}
+    if times := read_times(suite):
+        figures[f"{suite.name}_minutes.svg"] = draw(suite, times)
     with rc_context(STYLE):
-        figure.savefig(RESULTS / f"{suite.name}.svg", metadata={"Date": None})
-    print(table(suite))
+        for name, figure in figures.items():
+            figure.savefig(RESULTS / name, metadata={"Date": None})
+    print(tables(suite))
+
+
+def tables(suite: Suite) -> str:
+    """All tables of a suite."""
+    return table(suite) + (f"\n\n{threshold_table(suite)}" if suite.threshold is not None else "")
+
+
+def report(suites: list[Suite], path: Path) -> None:
+    """Puts the tables of suites into a Markdown file, between `<!-- NAME -->` and `<!-- end -->`."""
+    text = path.read_text()
+    for suite in suites:
+        begin, end = f"<!-- {suite.name} -->\n", "\n<!-- end -->"
+        if (RESULTS / f"{suite.name}.csv").exists() and begin in text:
+            before, rest = text.split(begin, 1)
+            text = before + begin + "\n" + tables(suite) + "\n" + end + rest.split(end, 1)[1]
+    path.write_text(text)

@@ -57,6 +57,10 @@ class Suite:
     vertical: tuple[float, str] | None = None
     """Where to draw a thin dashed line, and what to write on it."""
     horizontal: tuple[float, str] | None = None
+    threshold: float | None = None
+    """The return that counts as solved: the report says after how many steps and minutes an evaluation reached it."""
+    quoted: tuple[tuple[str, ...], ...] = ()
+    """Rows that the table ends with: what others have measured, at `table_at`."""
 
 
 MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
@@ -88,6 +92,12 @@ DECLARED = (
         xlim=(2, 50),
         ylim=(0, 800),
         table_at=(1, 2, 3, 5, 10, 20, 30, 50),
+        quoted=(
+            ("*ShangtongZhang's chapter08 code, 30 runs*",),
+            ("Q-learning (n=0)", "843.7", "693.5", "609.1", "340.0", "113.2", "37.7", "20.7", "18.2"),
+            ("Dyna-Q (n=5)", "598.2", "143.0", "76.2", "25.1", "17.1", "16.4", "16.1", "16.7"),
+            ("Dyna-Q (n=50)", "960.0", "39.1", "17.2", "17.0", "16.7", "16.6", "16.7", "16.1"),
+        ),
     ),
     # The book names neither alpha nor n nor kappa of the next two: these are the values of ShangtongZhang's code.
     Suite(
@@ -107,6 +117,11 @@ DECLARED = (
         ylim=(0, 150),
         table_at=(1_000, 2_000, 3_000),
         vertical=(1_000, "the way is blocked,\na longer one opens"),
+        quoted=(
+            ("*ShangtongZhang's chapter08 code, 30 runs*",),
+            ("Dyna-Q", "47.5", "61.6", "88.2"),
+            ("Dyna-Q+", "60.9", "82.5", "136.4"),
+        ),
     ),
     Suite(
         name="figure_8_5",
@@ -125,6 +140,11 @@ DECLARED = (
         ylim=(0, 400),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000),
         vertical=(3_000, "a shortcut opens"),
+        quoted=(
+            ("*ShangtongZhang's chapter08 code, 27 runs*",),
+            ("Dyna-Q", "30.0", "82.1", "137.0", "191.7", "246.3", "302.3"),
+            ("Dyna-Q+", "37.6", "86.8", "136.9", "202.7", "282.5", "364.2"),
+        ),
     ),
     # 0.740: the best of all 4^11 stationary policies within the 100 steps of an episode, computed from `env.P`.
     # A stochastic world, in which the book's model of the last outcome is wrong.
@@ -160,6 +180,7 @@ DECLARED = (
         xlim=(0, 8_000),
         ylim=(-1_700, 0),
         table_at=(500, 1_000, 2_000, 3_000, 4_000, 6_000, 8_000),
+        threshold=-200,
         **EVALUATIONS,
     ),
     Suite(
@@ -173,6 +194,7 @@ DECLARED = (
         xlim=(0, 6_000),
         ylim=(0, 1_050),
         table_at=(1_000, 2_000, 3_000, 4_000, 6_000),
+        threshold=950,
         **EVALUATIONS,
     ),
     Suite(
@@ -186,6 +208,7 @@ DECLARED = (
         xlim=(0, 5_000),
         ylim=(0, 9_500),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000),
+        threshold=9_000,
         **EVALUATIONS,
     ),
     Suite(
@@ -199,6 +222,7 @@ DECLARED = (
         xlim=(0, 5_000),
         ylim=(-40, 0),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000),
+        threshold=-9.4,
         **EVALUATIONS,
     ),
 )

@@ -115,9 +115,8 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         for label, runs in algorithms.items():
             assert all(np.isfinite(rows).all() for rows in runs), (env, label)
     assert (suites.RESULTS / f"{suite.name}.svg").exists()
-    for line in plot.table(suite).splitlines()[2:]:  # the tables of the README are these
-        numbers = line.split("|", 2)[2]
-        assert numbers in (ROOT / "benchmark" / "README.md").read_text()
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    assert f"<!-- {suite.name} -->\n\n{plot.tables(suite)}\n\n<!-- end -->" in text  # as `report` writes them
 
 
 def test_interquartile_mean():
@@ -220,3 +219,43 @@ def test_a_baseline_is_run_collected_and_begun_anew(tmp_path: Path, monkeypatch:
         assert (tmp_path / "small.csv").read_bytes() == before
     finally:
         shutil.rmtree(run.RUNS, ignore_errors=True)
+
+
+def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    rows, times = [], []
+    for label, returns in (("Q-learning", [[0, 5], [7, 8]]), ("Dyna-Q+", [[1, 2, 9], [3, 4, 5]])):
+        for seed, run_returns in enumerate(returns, 1):
+            for index, value in enumerate(run_returns, 1):
+                rows.append([label, "DynaMaze-v0", seed, 1_000 * index, value, 10])
+                times.append([label, "DynaMaze-v0", seed, 1_000 * index, 60 * index * seed])
+    collect.write_csv(tmp_path / "small.csv", collect.COLUMNS, rows)
+    collect.write_csv(tmp_path / "small_times.csv", collect.TIME_COLUMNS, times)
+    suite = dataclasses.replace(
+        SMALL, threshold=5, table_at=(1_000, 2_000, 3_000), quoted=(("others", "1"),), ylim=(0, 100)
+    )
+    assert plot.table(suite).splitlines()[2:] == [
+        "| Q-learning | 3.5 [0.0, 7.0] | 6.5 [5.0, 8.0] |  |",
+        "| Dyna-Q+ | 2.0 [1.0, 3.0] | 3.0 [2.0, 4.0] | 7.0 [5.0, 9.0] |",
+        "| others | 1 |  |  |",
+    ]
+    assert plot.threshold_table(suite).splitlines()[2:] == [
+        "| Q-learning | 2 of 2 | 2,000, 1,000 | 2.0, 2.0 |",
+        "| Dyna-Q+ | 2 of 2 | 3,000, 3,000 | 3.0, 6.0 |",
+    ]
+    assert plot.threshold_table(dataclasses.replace(suite, threshold=50)).splitlines()[-1] == (
+        "| Dyna-Q+ | 0 of 2 | - | - |"
+    )
+    x, scores = plot.over_minutes(
+        [np.array([[1e3, 1, 0], [2e3, 2, 0]]), np.array([[1e3, 3, 0], [2e3, 4, 0]])],
+        [np.array([1.0, 2.0]), np.array([2.0, 4.0])],
+    )
+    assert (x.min(), x.max()) == (2.0, 2.0)
+    assert scores[:, 0].tolist() == [2.0, 3.0]
+    plot.plot_suite(suite)
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"small.svg", "small_minutes.svg"}
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- small -->\nold\n<!-- end -->\nafter\n")
+    plot.report([suite], page)
+    plot.report([suite], page)
+    assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
