@@ -36,8 +36,9 @@ needed; what the ensemble predicts is standardised.
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  In the making: two seeds of Pendulum-v1 returned -99 and -145 after 2,500 steps (-200 is swung up). On the way
-         some episodes are lost: where the pendulum spins at its full speed, the model has to be learned anew.
+Expect:  In the making: three seeds of Pendulum-v1 returned -97, -141 and -146 after 3,000 steps (mean of 5 evaluation
+         episodes; a random policy scores about -1,200), and were above -200 from step 1,000, 1,750 and 1,750 on. 9 to
+         10 minutes a seed on one of 2 busy CPU cores.
 """
 
 import argparse
