@@ -1141,9 +1141,9 @@ class Agent:
         return {name: part[:, 1:] for name, part in batch.items()} | {"prev_action": action}, start
 
     @torch.no_grad()
-    def open_loop(self) -> Image.Image:
-        """A sequence of the replay, of which the model sees the first half and foretells the second: of pictures the
-        truth above what it has in mind, of a vector's numbers curves, black and red."""
+    def foretell(self) -> tuple[Array, Array, int]:
+        """A sequence of the replay, of which the model sees the first part and foretells the rest: what was, what the
+        model has in mind, and the length of that part; pictures (T, height, width, channels), or else (T, numbers)."""
         _, rows = self.replay.sample(1, np.random.default_rng(self.updates), serve=False)
         (batch, state), generator = self.aligned(rows), torch.Generator(self.device).manual_seed(self.updates)
         half, reset, tokens = self.args.batch_length // 2, batch["is_first"], self.nets.encoder(batch)
@@ -1156,13 +1156,33 @@ class Agent:
                 state = self.nets.rssm.imagine_step(state, action, generator)
             states.append(state)
         found = self.nets.decoder(Latent(*(torch.stack(parts, 1) for parts in zip(*states, strict=True))))
-        if "image" in found:
-            shown = slice(None, None, max(1, self.args.batch_length // 16))
-            pictures = batch["image"][0, shown], (found["image"][0, shown] * 255).byte()
-            shown = slice(0, 3) if pictures[0].shape[-1] == 3 else slice(-1, None)  # of several the last
-            strips = [picture[..., shown].cpu().numpy() for picture in pictures]
-            return Image.fromarray(np.concatenate([np.concatenate(list(strip), axis=1) for strip in strips]).squeeze())
-        return draw_curves(batch["vector"][0].cpu().numpy(), found["vector"][0].cpu().numpy(), half)
+        if "image" not in found:
+            return batch["vector"][0].cpu().numpy(), found["vector"][0].cpu().numpy(), half
+        pictures = batch["image"][0], (found["image"][0] * 255).byte()
+        shown = slice(0, 3) if self.shapes.image[-1] == 3 else slice(-1, None)  # of several channels the last
+        return *(picture[..., shown].cpu().numpy() for picture in pictures), half
+
+    def open_loop(self) -> Image.Image:
+        """What `foretell` found as one picture: the truth above what the model has in mind; of a vector's numbers
+        curves, black and red."""
+        truth, foretold, half = self.foretell()
+        if truth.ndim == 2:
+            return draw_curves(truth, foretold, half)
+        every = max(1, len(truth) // 16)
+        strips = [np.concatenate(list(strip[::every]), axis=1) for strip in (truth, foretold)]
+        return Image.fromarray(np.concatenate(strips).squeeze())
+
+    def film(self, path: Path) -> None:
+        """Of pictures, the same as a GIF; a bar at the bottom from where on the model sees no more."""
+        truth, foretold, half = self.foretell()
+        if truth.ndim == 2:
+            return
+        frames = np.concatenate([truth, np.pad(foretold, ((0, 0), (2, 4), (0, 0), (0, 0)))], axis=1)
+        frames[half:, -3:] = 255
+        scale = max(1, 192 // frames.shape[2])
+        images = [Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1).squeeze()).quantize() for frame in frames]
+        path.parent.mkdir(exist_ok=True)
+        images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode: the most likely action in each latent state."""
@@ -1496,6 +1516,8 @@ def train(args: Args) -> dict:
                 run.log_episode(step, episode)
                 episode.reset()
         agent.update()
+        if agent.updates and agent.shapes.image and step // args.eval_every > (step - args.num_envs) // args.eval_every:
+            agent.film(path / "videos" / f"open_loop_{step}.gif")
     return run.finish()
 
 

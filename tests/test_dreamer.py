@@ -15,6 +15,7 @@ import torch
 from conftest import learned, only_run, tiny_args
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.nn import functional as F
 
 import dreamer
@@ -559,6 +560,14 @@ def test_open_loop_shows_what_the_model_foretells_and_changes_nothing(tmp_path):
     agent = dreamer.Agent(env.observation_space, env.action_space, args)
     agent.load_state_dict(dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"])
     assert agent.open_loop().size == (8 * 16, 2 * 16)
+    agent.film(tmp_path / "videos" / "film.gif")
+    with Image.open(tmp_path / "videos" / "film.gif") as film:
+        assert (film.n_frames, film.size) == (8, (12 * 16, 12 * (16 + 16 + 6)))
+        bars = []
+        for index in range(8):
+            film.seek(index)
+            bars.append(film.convert("L").getpixel((0, film.size[1] - 1)) > 200)
+    assert bars == [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize("side", [72, 56, 104])
