@@ -1,7 +1,7 @@
 """Runs, collects and draws the comparisons that are declared in `benchmark/suites.py`.
 
     python -m benchmark all SUITE       one command per figure: run, collect, plot
-    python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs
+    python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs; --ray: on a cluster
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
     python -m benchmark report          all CSV files -> the tables of benchmark/README.md
@@ -44,12 +44,27 @@ def find_suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def run(suite: SuiteName, workers: Workers = 2) -> None:
-    """Make the runs of a suite that are missing."""
+def run(suite: SuiteName, workers: Workers = 2, ray: str | None = None) -> None:
+    """Make the runs of a suite that are missing.
+
+    Args:
+        ray: Address of a Ray cluster to make them on (`auto`: where this machine belongs to one), or `local`.
+    """
     declared = find_suite(suite)
     if workers < 1:
         fail(f"--workers must be at least 1, not {workers}", 2)
-    if failed := run_suite(declared, workers):
+    if ray is None:
+        failed = run_suite(declared, workers)
+    else:
+        try:
+            from .cluster import run_on_cluster
+        except ImportError as error:
+            fail(f"--ray needs pip install ray: {error}", 2)
+        try:
+            failed = run_on_cluster(declared, ray)
+        except ConnectionError as error:
+            fail(f"no Ray cluster at {ray}: {error}", 2)
+    if failed:
         fail(f"{failed} runs of {suite} failed", 1)
 
 

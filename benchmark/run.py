@@ -27,11 +27,29 @@ NOT_COMPARED = {"seed", "run_dir", "resume", "evaluate"}
 
 @dataclass
 class Job:
-    """A run to be made: the command without the interpreter, and the file for what it prints."""
+    """A run to be made, or one to go on with, whose folder is `run`."""
 
-    command: list[str]
-    log: Path
+    suite: Suite
+    entry: Entry
+    seed: int
+    run: Path | None = None
     process: subprocess.Popen | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """What to run, without the interpreter."""
+        if self.run:
+            return [self.entry.script, "--resume", str(self.run.relative_to(ROOT))]
+        return [self.entry.script, *arguments_of(self.suite, self.entry), "--seed", str(self.seed)]
+
+    @property
+    def log(self) -> Path:
+        """The file for what it prints."""
+        return folder_of(self.suite, self.entry) / f"seed_{self.seed}.log"
+
+    def continued(self) -> "Job":
+        """The same, from what is in the run folder by now."""
+        return Job(self.suite, self.entry, self.seed, find_runs(self.suite, self.entry)[0].get(self.seed))
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command])
@@ -94,19 +112,19 @@ def is_finished(run: Path) -> bool:
     return (run / "result.json").exists()
 
 
-def jobs_of(suite: Suite) -> tuple[list[Job], list[Path]]:
-    """What is left to do of a suite, and the run folders that have to be left aside."""
-    jobs, aside = [], []
+def jobs_of(suite: Suite) -> list[Job]:
+    """What is left to do of a suite; says which run folders have to be left aside."""
+    jobs: list[Job] = []
     for entry in suite.entries:
         found, others = find_runs(suite, entry)
-        aside += others
-        for seed in range(1, entry.seeds + 1):
-            log = folder_of(suite, entry) / f"seed_{seed}.log"
-            if seed not in found:
-                jobs.append(Job([entry.script, *arguments_of(suite, entry), "--seed", str(seed)], log))
-            elif not is_finished(found[seed]):
-                jobs.append(Job([entry.script, "--resume", str(found[seed].relative_to(ROOT))], log))
-    return jobs, aside
+        for path in others:
+            print(f"left aside, made with other arguments than {suite.name} declares: {path.relative_to(ROOT)}")
+        jobs += [
+            Job(suite, entry, seed, found.get(seed))
+            for seed in range(1, entry.seeds + 1)
+            if seed not in found or not is_finished(found[seed])
+        ]
+    return jobs
 
 
 def run_suite(suite: Suite, workers: int) -> int:
@@ -114,9 +132,7 @@ def run_suite(suite: Suite, workers: int) -> int:
 
     Ctrl-C and SIGTERM are passed on; the scripts write a checkpoint, from which the next call continues.
     """
-    waiting, aside = jobs_of(suite)
-    for path in aside:
-        print(f"left aside, made with other arguments than {suite.name} declares: {path.relative_to(ROOT)}")
+    waiting = jobs_of(suite)
     total = sum(entry.seeds for entry in suite.entries)
     running: list[Job] = []
     failed = 0

@@ -29,6 +29,8 @@ class Entry:
     """Further arguments, as typed on the command line; those of the suite stand before them."""
     baseline: bool = False
     """What the others are compared with: drawn in grey."""
+    gpus: float = 0.0
+    """GPUs that a run is given on a cluster; half of one: two runs share it."""
 
 
 @dataclass(frozen=True)

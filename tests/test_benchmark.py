@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,10 +49,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_runs_are_made_once_collected_and_drawn(folder, monkeypatch):
+def test_runs_are_made_once_collected_and_drawn(folder, capsys):
     assert run.run_suite(SMALL, 2) == 0
-    jobs, aside = run.jobs_of(SMALL)
-    assert (jobs, aside) == ([], [])
+    assert run.jobs_of(SMALL) == []
     collect.collect_suite(SMALL)
     lines = (folder / "results" / "small.csv").read_text().splitlines()
     assert lines[0] == "algorithm,env,seed,env_steps,return,length"
@@ -66,8 +66,9 @@ def test_runs_are_made_once_collected_and_drawn(folder, monkeypatch):
     assert (folder / "results" / "small.svg").read_bytes() == first
     # Another declaration: what was made for the old one is left aside, not taken for the new one.
     changed = dataclasses.replace(SMALL, arguments=SMALL.arguments + " --epsilon 0.2")
-    jobs, aside = run.jobs_of(changed)
-    assert (len(jobs), len(aside)) == (4, 4)
+    capsys.readouterr()
+    assert len(run.jobs_of(changed)) == 4
+    assert capsys.readouterr().out.count("left aside, made with other arguments") == 4
     with pytest.raises(suites.Incomplete, match="4 runs of small are not finished"):
         collect.collect_suite(changed)
 
@@ -77,13 +78,13 @@ def test_an_interrupted_benchmark_ends_with_the_same_bytes(folder):
     collect.collect_suite(SMALL)
     whole = (folder / "results" / "small.csv").read_bytes()
     (folder / "runs").rename(folder / "other")
-    (job, *_), _ = run.jobs_of(SMALL)
+    job, *_ = run.jobs_of(SMALL)
     process = subprocess.Popen([sys.executable, *job.command], cwd=folder, stdout=subprocess.PIPE)
     while not list((folder / "runs").rglob("checkpoint*")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    jobs, _ = run.jobs_of(SMALL)
+    jobs = run.jobs_of(SMALL)
     assert sum("--resume" in job.command for job in jobs) == 1
     assert len(jobs) == 4
     assert run.run_suite(SMALL, 2) == 0
@@ -259,3 +260,44 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     plot.report([suite], page)
     plot.report([suite], page)
     assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
+
+
+@pytest.mark.slow
+def test_a_node_of_a_cluster_is_lost_and_the_results_are_the_same(folder, monkeypatch, capsys):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from benchmark import cluster
+
+    monkeypatch.setattr(cluster, "ROOT", folder)
+    for script in ROOT.glob("*.py"):  # what is sent to the nodes are files
+        (folder / script.name).unlink()
+        shutil.copy(script, folder)
+    suite = dataclasses.replace(
+        SMALL,
+        entries=tuple(dataclasses.replace(entry, total_timesteps=60_000) for entry in SMALL.entries),
+        arguments="--eval-every 20000 --checkpoint-every 500",
+        xlim=(0, 60_000),
+    )
+    assert run.run_suite(suite, 2) == 0
+    collect.collect_suite(suite)
+    whole = (folder / "results" / "small.csv").read_bytes()
+    (folder / "runs").rename(folder / "other")
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = machines.add_node(num_cpus=1)
+
+    def lose_a_node() -> None:
+        while len(list((folder / "runs").rglob("checkpoint*"))) < 2:
+            time.sleep(0.1)
+        machines.remove_node(second, allow_graceful=False)
+
+    lost = threading.Thread(target=lose_a_node)
+    lost.start()
+    try:
+        assert cluster.run_on_cluster(suite, machines.address, every=0.2) == 0
+    finally:
+        lost.join()
+        machines.shutdown()
+    collect.collect_suite(suite)
+    assert (folder / "results" / "small.csv").read_bytes() == whole
+    assert "goes on elsewhere" in capsys.readouterr().err
