@@ -218,10 +218,6 @@ class Args:
             channels=(1, 10**4),
             support=(1, 10**4),
         )
-        if self.gamma < 0 and any(option.startswith("opponent=") for option in self.env_kwargs):
-            raise Failure(
-                "--gamma below 0 is for self-play; an opponent in --env-kwargs makes all rewards one player's"
-            )
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
@@ -1579,6 +1575,8 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     if args.play:
         return play(args.play)
+    if args.gamma < 0 and any(option.startswith("opponent=") for option in args.env_kwargs):
+        raise Failure("--gamma below 0 is for self-play; with an opponent in --env-kwargs, give one above 0")
     envs = [make_env(args) for _ in range(args.num_envs)]
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
