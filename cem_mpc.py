@@ -40,7 +40,7 @@ Expect:  Pendulum-v1 swung up after 1,000 steps: return -147 over 5 episodes (me
          -185; a random policy scores about -1,200), 4 to 5 minutes a seed on one of 2 busy CPU cores. Reacher-v5 after
          1,000 steps: -7.7 over 20 episodes (mean of 5 seeds: -6.6, -7.2, -7.6, -8.1, -8.9).
          InvertedPendulum-v5 1000 of 1000 after 2,000 steps (seed 1). CartPole-v1 500 of 500 after 3,000 steps (seeds 1
-         and 3), in training from the first 200 steps on.
+         and 3; seed 2 after 1,500), and in training from the first 200 steps on.
 """
 
 import argparse
