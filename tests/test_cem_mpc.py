@@ -715,6 +715,16 @@ def test_options_are_what_the_elites_foresee_in_turn():
         assert discounts[option, row].item() == pytest.approx(0.9**3 * alive, rel=1e-4)
 
 
+def test_no_state_behind_a_termination_is_learned_from():
+    env = gym.make("CartPole-v1")
+    agent = Agent(env.observation_space, env.action_space, small_args(terminal_value=True))
+    for _ in range(10):
+        agent.observe(np.zeros(4), 0, 1.0, np.full(4, 0.1), False)
+    for ends, states in ((False, 10 + 60), (True, 10)):
+        agent.termination_fn = lambda obs, action, next_obs, ends=ends: torch.full(next_obs.shape[:-1], ends)
+        assert len(agent.options(steps=3, count=60).states) == states
+
+
 def test_value_is_learned_from_scratch_each_time():
     data = linear_data(60)
     one, two = (cem_mpc.Value(OBS, generator(seed)) for seed in (0, 5))
