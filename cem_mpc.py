@@ -1081,7 +1081,7 @@ class Agent:
         real = self.data.column("obs")
         rows = torch.randint(len(real), (count,), generator=self.generator, device=self.device)
         state, alive, near = real[rows], torch.ones_like(rows, dtype=torch.bool), []
-        for step in range(steps):  # of these walks, every eighth ends here
+        for step in range(steps):  # of these walks, one in `steps` ends here
             state, _, survival = self.foresee(state, self.random_actions(count), step)
             alive = alive & (survival > 0.5)
             near.append(state[step::steps][alive[step::steps]])
