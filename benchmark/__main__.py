@@ -4,7 +4,7 @@
     python -m benchmark run SUITE       make the runs that are missing, in benchmark/runs; --ray: on a cluster
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
-    python -m benchmark report          all CSV files -> the tables of benchmark/README.md
+    python -m benchmark report          all CSV files -> the tables of the README.md files
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo or muzero is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
 
@@ -23,7 +23,7 @@ from .collect import collect_suite
 from .plot import plot_suite
 from .plot import report as write_report
 from .run import run_suite
-from .suites import RESULTS, SUITES, Incomplete, Suite
+from .suites import SUITES, Incomplete, Suite
 
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
 SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
@@ -93,9 +93,9 @@ def run_collect_plot(suite: SuiteName, workers: Workers = 2) -> None:
 
 
 def report() -> None:
-    """Write the tables of benchmark/README.md from the CSV files."""
+    """Write the tables of benchmark/README.md and benchmark/claims/README.md from the CSV files."""
     try:
-        write_report(list(SUITES.values()), RESULTS.parent / "README.md")
+        write_report(list(SUITES.values()))
     except Incomplete as error:
         fail(str(error), 1)
 

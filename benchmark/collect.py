@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+from .model_error import error_by_disagreement, error_by_steps
 from .run import find_runs, is_finished
 from .suites import RESULTS, Entry, Incomplete, Suite
 
@@ -20,6 +21,7 @@ COLUMNS = ["algorithm", "env", "seed", "env_steps", "return", "length"]
 RUN_COLUMNS = ["algorithm", "env", "seed", "env_steps", "episodes", "wall_seconds", "eval_return_mean"]
 TIME_COLUMNS = ["algorithm", "env", "seed", "env_steps", "wall_seconds"]
 GROUP = {"episodes": "charts", "evaluations": "eval"}
+MODEL_ERROR = {"error by steps ahead": error_by_steps, "error by disagreement": error_by_disagreement}
 
 
 def read_scalars(run: Path, *tags: str) -> list[list[tuple[int, float, float]]]:
@@ -53,7 +55,10 @@ def runs_of(suite: Suite) -> list[tuple[Entry, int, Path]]:
 
 
 def rows_of(suite: Suite, run: Path) -> list[list[str]]:
-    """Environment steps, return and length of each episode or evaluation of one run."""
+    """Environment steps, return and length of each episode or evaluation of one run; or x and y of an error of its
+    model, under the same names."""
+    if suite.collect in MODEL_ERROR:
+        return [[str(x), number(error), "0"] for x, error in MODEL_ERROR[suite.collect](run)]
     group = GROUP[suite.collect]
     returns, lengths = read_scalars(run, f"{group}/episodic_return", f"{group}/episodic_length")
     needed = suite.first_episodes or 1  # a run without a row would drop out of the mean, and the worst runs first

@@ -247,12 +247,15 @@ def tables(suite: Suite) -> str:
     return table(suite) + (f"\n\n{threshold_table(suite)}" if suite.threshold is not None else "")
 
 
-def report(suites: list[Suite], path: Path) -> None:
-    """Puts the tables of suites into a Markdown file, between `<!-- NAME -->` and `<!-- end -->`."""
-    text = path.read_text()
+def page_of(suite: Suite) -> Path:
+    """The page that shows a suite."""
+    return (RESULTS.parent / suite.name).parent / "README.md"
+
+
+def report(suites: list[Suite]) -> None:
+    """Puts the tables of suites into their pages, between `<!-- NAME -->` and `<!-- end -->`."""
     for suite in suites:
-        begin, end = f"<!-- {suite.name} -->\n", "\n<!-- end -->"
+        begin, end, text = f"<!-- {suite.name} -->\n", "\n<!-- end -->", page_of(suite).read_text()
         if (RESULTS / f"{suite.name}.csv").exists() and begin in text:
             before, rest = text.split(begin, 1)
-            text = before + begin + "\n" + tables(suite) + "\n" + end + rest.split(end, 1)[1]
-    path.write_text(text)
+            page_of(suite).write_text(before + begin + "\n" + tables(suite) + "\n" + end + rest.split(end, 1)[1])

@@ -1,8 +1,8 @@
 """Makes the runs of a suite: each is a command that a user could type, several of them side by side.
 
-What was already made is kept: a finished run is not repeated, an interrupted one is continued from its checkpoint. Both
-only if it was made with the arguments that the suite declares now. The script itself may have changed since: whoever
-changes a script deletes `benchmark/runs`.
+What was already made, for this suite or another one, is kept: a finished run is not repeated, an interrupted one is
+continued from its checkpoint. Both only if it was made with the arguments that the suite declares now. The script
+itself may have changed since: whoever changes a script deletes `benchmark/runs`.
 """
 
 import fcntl
@@ -72,16 +72,23 @@ class Job:
         return True
 
 
+def declared_arguments(suite: Suite, entry: Entry) -> str:
+    """What the suite says of the command line."""
+    fixed = f"--env-id {entry.env_id} --total-timesteps {entry.total_timesteps}"
+    return " ".join(filter(None, (fixed, suite.arguments, entry.arguments)))
+
+
 def folder_of(suite: Suite, entry: Entry) -> Path:
-    """Where the run folders of an entry lie."""
-    return RUNS / suite.name / re.sub(r"[^\w+=.-]+", "_", f"{entry.label} {entry.env_id}")
+    """Where the run folders of an entry lie. Its name is that of the command, so that suites share runs."""
+    return (
+        RUNS / Path(entry.script).stem / re.sub(r"[^\w+=.-]+", "_", declared_arguments(suite, entry).replace("--", ""))
+    )
 
 
 def arguments_of(suite: Suite, entry: Entry) -> list[str]:
     """The command line of an entry, without the script and the seed."""
-    fixed = f"--env-id {entry.env_id} --total-timesteps {entry.total_timesteps}"
     run_dir = ["--run-dir", str(folder_of(suite, entry).relative_to(ROOT))]
-    return [*shlex.split(f"{fixed} {suite.arguments} {entry.arguments}"), *run_dir]
+    return [*shlex.split(declared_arguments(suite, entry)), *run_dir]
 
 
 def find_runs(suite: Suite, entry: Entry) -> tuple[dict[int, Path], list[Path]]:
@@ -118,7 +125,7 @@ def jobs_of(suite: Suite) -> list[Job]:
     for entry in suite.entries:
         found, others = find_runs(suite, entry)
         for path in others:
-            print(f"left aside, made with other arguments than {suite.name} declares: {path.relative_to(ROOT)}")
+            print(f"left aside, made with other settings than the script has now: {path.relative_to(ROOT)}")
         jobs += [
             Job(suite, entry, seed, found.get(seed))
             for seed in range(1, entry.seeds + 1)

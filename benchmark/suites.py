@@ -42,10 +42,11 @@ class Suite:
     entries: tuple[Entry, ...]
     arguments: str
     """Arguments of every entry."""
-    collect: Literal["episodes", "evaluations"]
-    """A row of the table is a training episode, or an evaluation."""
+    collect: Literal["episodes", "evaluations", "error by steps ahead", "error by disagreement"]
+    """A row of the table is a training episode, an evaluation, or what `model_error.py` measures."""
     curve: Literal["length", "cumulative return", "return"]
-    """Against the number of the episode, against the environment steps, against the environment steps."""
+    """Against the number of the episode, against the environment steps, against the environment steps (or whatever the
+    x of `collect` is)."""
     statistic: Literal["mean", "iqm"]
     """Mean +- 1 standard error, or interquartile mean with its 95 % bootstrap interval; both over the seeds."""
     xlabel: str
@@ -66,6 +67,9 @@ class Suite:
 
 
 MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
+PETS_PENDULUM = Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5)
+MBPO_PENDULUM = Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5)
+SB3 = "benchmark/baselines.py"
 EVALUATIONS: dict[str, Any] = {
     "collect": "evaluations",
     "curve": "return",
@@ -73,6 +77,16 @@ EVALUATIONS: dict[str, Any] = {
     "xlabel": "environment steps",
     "ylabel": "mean return of an evaluation",
 }
+
+
+def control(env_id: str) -> tuple[Entry, ...]:
+    """MBPO with and without its model, for 5,000 steps."""
+    return (
+        Entry("MBPO", "mbpo.py", env_id, 5_000, 3),
+        Entry("MBPO without model", "mbpo.py", env_id, 5_000, 3, MODEL_OFF, baseline=True),
+        Entry("SB3 SAC", SB3, env_id, 5_000, 3, "--algorithm sac", baseline=True),
+    )
+
 
 DECLARED = (
     # The book's parameters. `--model last` is the book's table; the default gives the same numbers in this maze.
@@ -170,13 +184,48 @@ DECLARED = (
         table_at=(1_000, 2_000, 5_000, 10_000, 20_000),
         horizontal=(0.740, "best policy"),
     ),
+    # The best returns, by value iteration from the transition probabilities: 7.93 in Taxi (mean over its starts), -13.
+    Suite(
+        name="taxi",
+        title="Taxi-v4: return of the greedy policy",
+        entries=(
+            Entry("Q-learning (n=0)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 0", baseline=True),
+            Entry("Dyna-Q (n=5)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 5"),
+            Entry("Dyna-Q (n=50)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 50"),
+        ),
+        arguments="--alpha 0.5 --gamma 0.99 --epsilon 0.1 --eval-every 2000 --eval-episodes 50",
+        xlim=(0, 60_000),
+        ylim=(-200, 20),
+        table_at=(2_000, 6_000, 10_000, 20_000, 40_000, 60_000),
+        horizontal=(7.93, "best policy"),
+        threshold=7,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="cliff_walking",
+        title="CliffWalking-v1: return of the greedy policy",
+        entries=(
+            Entry("Q-learning (n=0)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 0", baseline=True),
+            Entry("Dyna-Q (n=5)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 5"),
+            Entry("Dyna-Q (n=50)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 50"),
+        ),
+        arguments="--alpha 0.5 --gamma 1 --epsilon 0.1 --eval-every 200 --eval-episodes 1",
+        xlim=(0, 10_000),
+        ylim=(-200, 0),
+        table_at=(200, 600, 1_000, 2_000, 4_000, 10_000),
+        horizontal=(-13, "best policy"),
+        threshold=-13,
+        **EVALUATIONS,
+    ),
     # Continuous control. Where mbpo.py has `--real-ratio 1` it has no model: it is plain soft actor-critic.
     Suite(
         name="pendulum",
         title="Pendulum-v1",
         entries=(
-            Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5),
-            Entry("SAC, 1 update a step", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
+            PETS_PENDULUM,
+            MBPO_PENDULUM,
+            Entry("MBPO without model", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
+            Entry("SB3 SAC", SB3, "Pendulum-v1", 8_000, 5, "--algorithm sac", baseline=True),
         ),
         arguments="--eval-every 250",
         xlim=(0, 8_000),
@@ -189,8 +238,10 @@ DECLARED = (
         name="inverted_pendulum",
         title="InvertedPendulum-v5",
         entries=(
-            Entry("SAC, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True),
+            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 5, "--eval-every 1000"),
             Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
+            Entry("MBPO without model", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True),
+            Entry("SB3 SAC", SB3, "InvertedPendulum-v5", 6_000, 5, "--algorithm sac", baseline=True),
         ),
         arguments="--eval-every 500",
         xlim=(0, 6_000),
@@ -202,10 +253,7 @@ DECLARED = (
     Suite(
         name="double_pendulum",
         title="InvertedDoublePendulum-v5",
-        entries=(
-            Entry("SAC, 1 update a step", "mbpo.py", "InvertedDoublePendulum-v5", 5_000, 3, MODEL_OFF, baseline=True),
-            Entry("MBPO", "mbpo.py", "InvertedDoublePendulum-v5", 5_000, 3),
-        ),
+        entries=control("InvertedDoublePendulum-v5"),
         arguments="--eval-every 1000",
         xlim=(0, 5_000),
         ylim=(0, 9_500),
@@ -216,15 +264,137 @@ DECLARED = (
     Suite(
         name="reacher",
         title="Reacher-v5",
-        entries=(
-            Entry("SAC, 1 update a step", "mbpo.py", "Reacher-v5", 5_000, 3, MODEL_OFF, baseline=True),
-            Entry("MBPO", "mbpo.py", "Reacher-v5", 5_000, 3),
-        ),
-        arguments="--eval-every 1000",
+        entries=(Entry("PETS", "cem_mpc.py", "Reacher-v5", 1_000, 5, "--eval-every 250"), *control("Reacher-v5")),
+        arguments="--eval-every 1000 --eval-episodes 20",
         xlim=(0, 5_000),
         ylim=(-40, 0),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000),
         threshold=-9.4,
+        **EVALUATIONS,
+    ),
+    # Discrete actions.
+    Suite(
+        name="cart_pole",
+        title="CartPole-v1",
+        entries=(
+            Entry("PETS", "cem_mpc.py", "CartPole-v1", 3_000, 5),
+            Entry("SB3 DQN", SB3, "CartPole-v1", 50_000, 5, "--algorithm dqn", baseline=True),
+            Entry("SB3 PPO", SB3, "CartPole-v1", 50_000, 5, "--algorithm ppo", baseline=True),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 50_000),
+        ylim=(0, 520),
+        table_at=(1_000, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000),
+        threshold=475,
+        **EVALUATIONS,
+    ),
+    # What the textbooks say, measured: benchmark/claims.
+    Suite(
+        name="claims/model_error",
+        title="The error of the model grows with the steps that it looks ahead (Pendulum-v1)",
+        entries=(PETS_PENDULUM,),
+        arguments="--eval-every 250",
+        xlim=(0, 50),
+        ylim=(0, 2),
+        table_at=(1, 2, 5, 10, 20, 50),
+        **EVALUATIONS
+        | {
+            "collect": "error by steps ahead",
+            "xlabel": "steps ahead",
+            "ylabel": "error (deviations of the observation)",
+        },
+    ),
+    Suite(
+        name="claims/disagreement",
+        title="Where the networks disagree, they are wrong (Pendulum-v1)",
+        entries=(PETS_PENDULUM,),
+        arguments="--eval-every 250",
+        xlim=(1, 10),
+        ylim=(0, 1),
+        table_at=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
+        **EVALUATIONS
+        | {
+            "collect": "error by disagreement",
+            "xlabel": "tenth of the steps, by disagreement",
+            "ylabel": "error (deviations of a step's change)",
+        },
+    ),
+    Suite(
+        name="claims/terminal_value",
+        title="A value at the end of the plan against a long plan (Pendulum-v1)",
+        entries=(
+            Entry("H = 5", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5"),
+            Entry("H = 5 and a value", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5 --terminal-value"),
+            PETS_PENDULUM,
+            Entry("H = 50", "cem_mpc.py", "Pendulum-v1", 1_000, 3, "--horizon 50", baseline=True),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 1_000),
+        ylim=(-1_700, 0),
+        table_at=(250, 500, 750, 1_000),
+        threshold=-200,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="claims/ensemble",
+        title="One network is exploited by its policy, an ensemble is not (Pendulum-v1)",
+        entries=(
+            MBPO_PENDULUM,
+            Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 5, "--ensemble-size 1 --num-elites 1"),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 3_000),
+        ylim=(-1_700, 0),
+        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
+        threshold=-200,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="claims/rollout_length",
+        title="MBPO with rollouts of k steps (Pendulum-v1)",
+        entries=(
+            MBPO_PENDULUM,
+            *(
+                Entry(f"k = {k}", "mbpo.py", "Pendulum-v1", 3_000, 3, f"--rollout-schedule 0 1 {k} {k}")
+                for k in (5, 20, 50)
+            ),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 3_000),
+        ylim=(-1_700, 0),
+        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
+        threshold=-200,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="claims/imagined_data",
+        title="How much imagined data in a batch, and how soon (Pendulum-v1)",
+        entries=(
+            MBPO_PENDULUM,
+            Entry("from 100 steps on", "mbpo.py", "Pendulum-v1", 3_000, 3, "--learning-starts 100"),
+            Entry("half", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio 0.5"),
+            Entry("little by little", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio-steps 1000"),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 3_000),
+        ylim=(-1_700, 0),
+        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
+        threshold=-200,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="claims/stale_model",
+        title="A model that is trained too rarely (Pendulum-v1)",
+        entries=(
+            MBPO_PENDULUM,
+            Entry("every 1,000 steps", "mbpo.py", "Pendulum-v1", 3_000, 3, "--train-every 1000"),
+            Entry("once", "mbpo.py", "Pendulum-v1", 3_000, 3, "--train-every 100000"),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 3_000),
+        ylim=(-1_700, 0),
+        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
+        threshold=-200,
         **EVALUATIONS,
     ),
 )

@@ -1,6 +1,7 @@
 """The benchmark: declared runs are made, continued, collected and drawn, and its statistics are right."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cem_mpc
 import muzero
-from benchmark import collect, plot, run, suites, tic_tac_toe
+from benchmark import collect, model_error, plot, run, suites, tic_tac_toe
 
 SMALL = suites.Suite(
     name="small",
@@ -64,13 +67,18 @@ def test_runs_are_made_once_collected_and_drawn(folder, capsys):
     first = (folder / "results" / "small.svg").read_bytes()
     plot.plot_suite(SMALL)
     assert (folder / "results" / "small.svg").read_bytes() == first
-    # Another declaration: what was made for the old one is left aside, not taken for the new one.
+    # Another suite with the same commands has its runs already; with other arguments it needs runs of its own. A run
+    # that was made before a default of its script changed is left aside.
+    assert run.jobs_of(dataclasses.replace(SMALL, name="other", entries=SMALL.entries[:1])) == []
     changed = dataclasses.replace(SMALL, arguments=SMALL.arguments + " --epsilon 0.2")
-    capsys.readouterr()
     assert len(run.jobs_of(changed)) == 4
-    assert capsys.readouterr().out.count("left aside, made with other arguments") == 4
     with pytest.raises(suites.Incomplete, match="4 runs of small are not finished"):
         collect.collect_suite(changed)
+    old = next((folder / "runs").rglob("args.json"))
+    old.write_text(old.read_text().replace('"epsilon": ', '"epsilon": 1'))
+    capsys.readouterr()
+    assert len(run.jobs_of(SMALL)) == 1
+    assert capsys.readouterr().out.count("left aside, made with other settings than the script has now") == 1
 
 
 def test_an_interrupted_benchmark_ends_with_the_same_bytes(folder):
@@ -116,7 +124,7 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         for label, runs in algorithms.items():
             assert all(np.isfinite(rows).all() for rows in runs), (env, label)
     assert (suites.RESULTS / f"{suite.name}.svg").exists()
-    text = (ROOT / "benchmark" / "README.md").read_text()
+    text = plot.page_of(suite).read_text()
     assert f"<!-- {suite.name} -->\n\n{plot.tables(suite)}\n\n<!-- end -->" in text  # as `report` writes them
 
 
@@ -255,11 +263,40 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     assert scores[:, 0].tolist() == [2.0, 3.0]
     plot.plot_suite(suite)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"small.svg", "small_minutes.svg"}
+    monkeypatch.setattr(plot, "page_of", lambda suite: tmp_path / "page.md")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- small -->\nold\n<!-- end -->\nafter\n")
-    plot.report([suite], page)
-    plot.report([suite], page)
+    plot.report([suite])
+    plot.report([suite])
     assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
+
+
+def test_errors_of_a_model(tmp_path: Path):
+    args = cem_mpc.Args(total_timesteps=150, learning_starts=100, population=4, num_best=2, iterations=1, horizon=2)
+    cem_mpc.train(
+        dataclasses.replace(args, run_dir=str(tmp_path), eval_episodes=1, max_updates=20, hidden=(16, 16, 16))
+    )
+    (run_folder,) = tmp_path.iterdir()
+    agent, episodes = model_error.fresh_episodes(run_folder, 1)
+    assert [(len(obs), len(action)) for obs, action in episodes] == [(201, 200)] * 2
+    unit, elites = agent.model.obs_std, agent.model.select(agent.model.elites)[0]
+    squares, one_step = [], []
+    with torch.inference_mode():
+        for obs, action in episodes:  # one start and one member after the other
+            for start, member in itertools.product(range(199), range(5)):
+                state, layers = obs[start].view(1, 1, 3), [layer[member : member + 1] for layer in elites]
+                for step in (start, start + 1):
+                    state = state + agent.model.predict(state, action[step].view(1, 1, 1), layers)[0]
+                squares.append((((state[0, 0] - obs[start + 2]) / unit) ** 2).mean())
+            expected = model_error.predictions(agent, obs[:-1], action[:, None])
+            one_step.append((((expected.mean(0) - obs[1:]) / agent.model.delta_std) ** 2).mean(1))
+    found = dict(model_error.error_by_steps(run_folder, 1))
+    assert list(found) == list(model_error.STEPS_AHEAD)
+    assert found[2] == pytest.approx(torch.stack(squares).mean().sqrt().item(), rel=1e-4)
+    groups = model_error.error_by_disagreement(run_folder, 1)
+    assert [number for number, _ in groups] == list(range(1, 11))
+    mean_square = np.mean([error**2 for _, error in groups])  # all groups are equally large
+    assert mean_square == pytest.approx(torch.cat(one_step).mean().item(), rel=1e-4)
 
 
 @pytest.mark.slow

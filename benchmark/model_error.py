@@ -1,0 +1,76 @@
+"""How far the ensemble of a run of `cem_mpc.py` can be trusted, on episodes that it has not been trained on: five by
+its own plans, and five by random actions, which lead to where it has seen less.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cem_mpc
+
+STEPS_AHEAD = (1, 2, 5, 10, 20, 50)
+Episode = tuple[Tensor, Tensor]  # obs (T + 1, obs_size), action (T, action_size)
+
+
+def fresh_episodes(run: Path, count: int = 5) -> tuple[cem_mpc.Agent, list[Episode]]:
+    """The agent of a run, and episodes of it: `count` by its plans and as many by random actions."""
+    args = cem_mpc.saved_args(str(run))
+    env = cem_mpc.make_env(args)
+    agent = cem_mpc.Agent(env.observation_space, env.action_space, args)
+    agent.load_state_dict(cem_mpc.read_checkpoint(run / cem_mpc.CHECKPOINT)["agent"])
+    episode, found = cem_mpc.Episode(env, args.seed, 4), []  # purpose 4: nothing in the script has it
+    for index in range(2 * count):
+        policy = agent.greedy_policy(cem_mpc.seed_of(args.seed, 4, index))
+        observations, actions, done = [episode.obs], [], False
+        while not done:
+            action = policy(episode.obs, episode.info) if index < count else agent.to_env(agent.random_action())
+            _, _, terminated, truncated = episode.step(action)
+            observations.append(episode.obs)
+            actions.append(np.reshape(action, -1))
+            done = terminated or truncated
+        episode.reset()
+        found.append(tuple(torch.tensor(np.stack(rows), dtype=torch.float32) for rows in (observations, actions)))
+    return agent, found
+
+
+def predictions(agent: cem_mpc.Agent, obs: Tensor, actions: Tensor) -> Tensor:
+    """What each elite expects along `actions` (B, k, action_size) from `obs` (B, obs_size): (G, B, obs_size)."""
+    layers = agent.model.select(agent.model.elites)[0]
+    state = obs.expand(len(agent.model.elites), *obs.shape)
+    for action in actions.unbind(1):
+        state = state + agent.model.predict(state, action.expand(len(state), *action.shape), layers)[0]
+    return state
+
+
+@torch.inference_mode()
+def error_by_steps(run: Path, episodes: int = 5) -> list[tuple[float, float]]:
+    """(k, error after k steps): root mean square over dimensions, members and starts, in standard deviations of the
+    observation."""
+    agent, found = fresh_episodes(run, episodes)
+    unit, points = torch.where(agent.model.obs_std > 0, agent.model.obs_std, 1.0), []
+    for steps in STEPS_AHEAD:
+        squares = []
+        for obs, action in found:
+            if len(action) >= steps:
+                expected = predictions(agent, obs[:-steps], action.unfold(0, steps, 1).transpose(1, 2))
+                squares.append((((expected - obs[steps:]) / unit) ** 2).mean((0, 2)))
+        points.append((steps, torch.cat(squares).mean().sqrt().item()))
+    return points
+
+
+@torch.inference_mode()
+def error_by_disagreement(run: Path, episodes: int = 5, groups: int = 10) -> list[tuple[float, float]]:
+    """(n, error of one step in the n-th of `groups` equal groups of steps, ordered by the disagreement of the elites):
+    root mean square, in standard deviations of a step's change."""
+    agent, found = fresh_episodes(run, episodes)
+    unit = torch.where(agent.model.delta_std > 0, agent.model.delta_std, 1.0)
+    obs, action, next_obs = (
+        torch.cat(parts) for parts in zip(*((obs[:-1], action, obs[1:]) for obs, action in found), strict=True)
+    )
+    expected = predictions(agent, obs, action[:, None]) / unit
+    disagreement = expected.var(0, correction=0).mean(1)
+    squares = ((expected.mean(0) - next_obs / unit) ** 2).mean(1)
+    ordered = squares[disagreement.argsort()].tensor_split(groups)
+    return [(number, part.mean().sqrt().item()) for number, part in enumerate(ordered, 1)]
