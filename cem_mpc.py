@@ -28,10 +28,12 @@ The algorithm (Chua et al. 2018, "Deep Reinforcement Learning in a Handful of Tr
                 Move the distribution of sequences to the best of them
             Take the first action of the mean of the distribution; add the step to D             (section 5.2)
 
-Beyond the paper: rewards and terminations are learned, so that an environment is all that has to be given; targets are
-standardised like inputs; the ensemble is trained every 50 steps and not once a trial, with a hold-out set and early
-stopping, as in MBPO (Janner et al. 2019; code jannerm/mbpo). Settings of PETS come from the authors' code,
-kchua/handful-of-trials; their search also stops early where the variance is small.
+Beyond the paper: rewards and terminations are learned, each by networks of their own, so that an environment is all
+that has to be given, and rewards are discounted; targets are standardised like inputs; the ensemble is trained every
+50 steps and not once a trial, with a hold-out set and early stopping, as in MBPO (Janner et al. 2019; code
+jannerm/mbpo). Other planners can take the place of the cross-entropy method, and `--terminal-value` adds a learned
+value at the end of a plan: so it is set for the two poles, which must be balanced for longer than a plan. Settings of
+PETS come from the authors' code, kchua/handful-of-trials; their search also stops early where the variance is small.
 
 Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
@@ -142,8 +144,8 @@ class Args:
     model_lr: float = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
     model_batch_size: int = 256
-    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, 32 or more (MBPO:
-    256, PETS: 32)."""
+    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
+    fewer than 32 (MBPO: 256, PETS: 32)."""
     train_every: int = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: int = 5
@@ -182,7 +184,8 @@ class Args:
     bf16: bool = False
     """Imagine in bfloat16, which some CPUs (AVX512-BF16) and GPUs are faster at; the model is trained in float32."""
     terminal_value: bool = False
-    """Add the value of the last imagined state, learned from the real steps, to the return."""
+    """Add the value of the last imagined state to the return; it is learned from the real steps, and with Discrete
+    actions also from what the model foresees."""
 
     def __post_init__(self):
         check_ranges(
@@ -226,7 +229,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15, "train_every": 100}
     | {"hidden": (128, 128), "weight_decay": (2.5e-5, 5e-5, 1e-4)},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
-    | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4},
+    | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4, "train_every": 100},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
 
@@ -266,7 +269,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     if np.shape(obs) != space.shape or not np.isfinite(obs).all():
@@ -418,8 +421,8 @@ class Ensemble(nn.Module):
             std = data[name].std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
-        # They are rare, and to overlook one costs more than to expect one too many: they count for as much as all
-        # other rows.
+        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
+        # all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
@@ -474,7 +477,8 @@ def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
     """What a gradient step lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
 
-    The decay of the termination networks is strong: from a handful of terminations they must find the boundary.
+    The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
+    reward networks have none.
     """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
     weights = [*model.dynamics[::2], *model.termination[::2]]
@@ -544,8 +548,9 @@ def fit(
 def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     """How well the elites predict the transitions from row `start` on, with which they have not been trained yet.
 
-    Errors of one step, by dimension, are in standard deviations of a step's change; errors after k steps along the
-    actions that were taken in standard deviations of the observation.
+    One step, by the mean of the elites: errors by dimension, disagreement and noise are in standard deviations of a
+    step's change, the reward's error in those of the reward. k steps, by each elite along the actions that were taken:
+    errors are in standard deviations of the observation.
     """
     (dynamics, reward_layers, _), count = model.select(model.elites), len(model.elites)
     obs, action, delta, reward = (data.column(name)[start:] for name in ("obs", "action", "delta", "reward"))
@@ -554,11 +559,11 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     epistemic = mean.var(0, correction=0) / unit**2  # (B, obs_size): the variance that is disagreement,
     aleatoric = (std**2).mean(0) / unit**2  # and that which is expected noise
     error = (mean.mean(0) - delta) / unit
-    inside = error.abs() < 1.645 * (epistemic + aleatoric).sqrt()
+    inside = (error.abs() < 1.645 * (epistemic + aleatoric).sqrt())[:, model.delta_std > 0]
     predicted = model.predict_reward(mean, action.expand(count, -1, -1), obs + mean, reward_layers).mean(0)  # (B, 1)
     reward_error = predicted - model.standardise("reward", reward)
     logs = {
-        "model/coverage_90": inside.float().mean().item(),
+        "model/coverage_90": inside.float().mean().item() if inside.numel() else 1.0,
         "model/disagreement": epistemic.sqrt().mean().item(),
         "model/noise": aleatoric.sqrt().mean().item(),
         "model/error_reward": (reward_error**2).mean().sqrt().item(),
@@ -584,13 +589,13 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     return logs
 
 
-class Options(NamedTuple):
+class Lookahead(NamedTuple):
     """For N states, of which the real ones are the first, what the model foresees for K sequences of actions."""
 
     states: Tensor  # (N, obs_size)
     after: Tensor  # (K, N, obs_size): the states at the end of the sequences
-    rewards: Tensor  # (K, N): discounted, on the way
-    discounts: Tensor  # (K, N): of the value of the states after
+    rewards: Tensor  # (K, N): the sum of the discounted rewards on the way
+    discounts: Tensor  # (K, N): gamma^steps, times the probability that the episode still goes on
 
 
 class Value(nn.Module):
@@ -602,8 +607,9 @@ class Value(nn.Module):
     runs into what it has not seen.)
 
     Five networks, of which the value is the mean minus two standard deviations: far from the data each says something
-    else, and what is not known must not attract. They are learned from scratch each time: a network that has followed
-    changing targets for long judges states that it has not seen worse (Nikishin et al. 2022).
+    else, and what is not known must not attract. They get new weights each time: a network that has followed changing
+    targets for long judges states that it has not seen worse (Nikishin et al. 2022). What stays from the time before is
+    the mean and the deviation of the returns, the scale that the new networks begin with.
     """
 
     networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
@@ -655,12 +661,12 @@ class Value(nn.Module):
         return torch.tensor(returns, device=obs.device)
 
     def fit(
-        self, data: "Buffer", options: Options | None, gamma: float, generator: torch.Generator
+        self, data: "Buffer", lookahead: Lookahead | None, gamma: float, generator: torch.Generator
     ) -> dict[str, float]:
-        """Learns the value of all real states, and of those of `options`."""
+        """Learns the value of all real states, and of those of `lookahead`."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
-        obs, most = data.column("obs") if options is None else options.states, data.column("reward").max()
+        obs, most = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
         self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
         obs_std = obs.std(0, correction=0)
         self.obs_mean.copy_(obs.mean(0))
@@ -668,8 +674,8 @@ class Value(nn.Module):
         for _ in range(self.rounds):
             with torch.no_grad():
                 wanted = self.lambda_returns(data, gamma)
-                if options is not None:
-                    best = (options.rewards + options.discounts * self(options.after)).amax(0)
+                if lookahead is not None:
+                    best = (lookahead.rewards + lookahead.discounts * self(lookahead.after)).amax(0)
                     best[: data.size] = torch.maximum(best[: data.size], wanted)
                     wanted = best
                 wanted = wanted.clamp(max=self.most)
@@ -714,6 +720,17 @@ class Buffer:
         """The filled part of a column, (size, width)."""
         return getattr(self, name)[: self.size].view(self.size, -1)
 
+    def draw_holdout(self, ratio: float, most: int, generator: torch.Generator) -> bool:
+        """Whether the next row is to be held out. Where `most` are held out already, it takes the place of one of them,
+        which goes to training: the hold-out set is a sample of old and new rows alike."""
+        draw = torch.rand((), generator=generator, device=self.obs.device).item()
+        if self.size == 0 or draw >= min(ratio, most / (self.size + 1)):
+            return False
+        held = self.column("holdout")[:, 0].nonzero()[:, 0]
+        if len(held) >= most:
+            self.holdout[held[torch.randint(len(held), (1,), generator=generator, device=held.device)]] = False
+        return True
+
     def state_dict(self) -> dict:
         return {name: value[: self.size].clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
 
@@ -730,7 +747,7 @@ class Buffer:
 # ---------------------------------------------------------------------------------------------------------------------
 def outcome(
     model: Ensemble,
-    layers: Networks,
+    networks: Networks,
     state: Tensor,
     action: Tensor,
     delta: Tensor,
@@ -740,12 +757,12 @@ def outcome(
     """Rewards and probabilities of going on (G, B) of steps (G, B, size)."""
     next_state = state + delta
     if reward_fn is None:
-        reward = model.predict_reward(delta, action, next_state, layers[1]).squeeze(-1)
+        reward = model.predict_reward(delta, action, next_state, networks[1]).squeeze(-1)
         reward = reward * model.reward_std + model.reward_mean
     else:
         reward = reward_fn(state, action, next_state)
     if termination_fn is None:
-        survival = torch.sigmoid(-model.termination_logit(next_state, layers[2])).squeeze(-1)  # 1 - sigmoid(logit)
+        survival = torch.sigmoid(-model.termination_logit(next_state, networks[2])).squeeze(-1)  # 1 - sigmoid(logit)
     else:
         survival = termination_fn(state, action, next_state).logical_not()
     return reward, survival
@@ -753,7 +770,7 @@ def outcome(
 
 def imagine(
     model: Ensemble,
-    layers: Networks,
+    networks: Networks,
     obs: Tensor,
     plans: Tensor,
     noise: Tensor,
@@ -766,14 +783,14 @@ def imagine(
     """Trajectory sampling (PETS, section 5.1): expected returns (N,) of action sequences.
 
     obs (obs_size,), plans (N, H, A) in the environment's units, noise (H, G, N * P / G, obs_size) standard normal. Of
-    the P particles of a sequence, each of the G members of `layers` takes P / G: the same ones for all H steps (TS
+    the P particles of a sequence, each of the G members of `networks` takes P / G: the same ones for all H steps (TS
     infinity, `permutations` None), or particles change members before every step (TS1), as the `permutations` of G
     say, (H, G, N * P / G).
     """
     groups, rows = noise.shape[1:3]
     actions = plans.repeat_interleave(rows // len(plans), dim=0)  # (R, H, A), R = N * P / G
     state = obs.expand(groups, rows, -1)  # (G, R, obs_size)
-    alive = torch.ones(groups, rows, device=obs.device)  # the probability of it
+    alive = torch.ones(groups, rows, device=obs.device)  # the probability of it (terminations weigh more: `set_scale`)
     returns = torch.zeros(groups, rows, device=obs.device)
     for step in range(plans.shape[1]):
         if permutations is not None:
@@ -781,9 +798,9 @@ def imagine(
             state = state.gather(0, to[..., None].expand_as(state))
             alive, returns = alive.gather(0, to), returns.gather(0, to)
         action = actions[:, step].expand(groups, -1, -1)
-        mean, std = model.predict(state, action, layers[0])
+        mean, std = model.predict(state, action, networks[0])
         delta = mean + std * noise[step]
-        reward, survival = outcome(model, layers, state, action, delta, reward_fn, termination_fn)
+        reward, survival = outcome(model, networks, state, action, delta, reward_fn, termination_fn)
         returns = returns + gamma**step * alive * reward
         alive = alive * survival
         state = state + delta
@@ -856,7 +873,7 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
     mean, kept = start[:2][-1], start[2:]
     std = torch.full_like(mean, 0.5)
     for iteration in range(args.iterations):
-        count = max(2 * args.num_best, int(args.population * 1.25**-iteration))  # their gamma
+        count = max(2 * args.num_best, int(args.population * 1.25**-iteration))  # their factor gamma of decay
         plans = mean + std * coloured_noise((count, *mean.shape), args.noise_beta, generator)
         last = [mean[None]] if iteration == args.iterations - 1 else []
         plans = torch.cat([plans.clamp(-1, 1), kept, *last])
@@ -966,8 +983,9 @@ class Agent:
         # Rows imagined at once: on a CPU so many that what they need stays in the cache of a core.
         self.chunk = 4096 if self.device.type == "cpu" else 2**20
         self.start: Tensor | None = None  # what the planner starts from at the next step
-        self.trained_on, self.episode, self.num_holdout, self.logs = 0, 0, 0, {}
-        if args.init_from and not (args.resume or args.evaluate):
+        self.trained_on, self.episode, self.logs = 0, 0, {}
+        begun = args.resume and any((Path(args.resume) / f"{kind}{CHECKPOINT}").exists() for kind in ("", "previous."))
+        if args.init_from and not (begun or args.evaluate):
             self.init_from(Path(args.init_from))
 
     def act(self, obs: Any) -> Any:
@@ -991,12 +1009,12 @@ class Agent:
             if start is None:
                 start = self.neutral.expand(1, args.horizon, -1)
             obs = torch.as_tensor(np.asarray(obs, np.float32).reshape(-1), device=self.device)
-            layers = self.model.select(self.model.elites)
-            found = self.planner(lambda plans: self.score(layers, obs, plans, generator), start, args, generator)
+            networks = self.model.select(self.model.elites)
+            found = self.planner(lambda plans: self.score(networks, obs, plans, generator), start, args, generator)
             start = torch.cat([found[:, 1:], self.neutral.expand(len(found), 1, -1)], dim=1)
         return self.to_env(found[0, 0]), start
 
-    def score(self, layers: Networks, obs: Tensor, plans: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, networks: Networks, obs: Tensor, plans: Tensor, generator: torch.Generator) -> Tensor:
         """Expected returns (N,) of sequences (N, H, A) in [-1, 1] or one-hot."""
         args, groups, returns = self.args, len(self.model.elites), []
         functions = {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn, "value_fn": self.value}
@@ -1007,7 +1025,7 @@ class Agent:
             if args.sampling == "ts1":
                 permutations = torch.rand(shape, generator=generator, device=self.device).argsort(1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                found = self.imagine(self.model, layers, obs, part, noise, permutations, args.gamma, **functions)
+                found = self.imagine(self.model, networks, obs, part, noise, permutations, args.gamma, **functions)
             returns.append(found)
         return torch.cat(returns)
 
@@ -1031,9 +1049,7 @@ class Agent:
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         row = {"obs": before, "action": np.reshape(action, -1), "reward": reward, "delta": after - before}
-        draw = torch.rand((), generator=self.generator, device=self.device).item()
-        holdout = draw < self.args.holdout_ratio and self.data.size > 0 and self.num_holdout < self.args.max_holdout
-        self.num_holdout += holdout
+        holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
         self.data.add(**row, terminated=terminated, episode=self.episode, holdout=holdout)
         self.relabel(self.data.size - 1)
         if terminated or truncated:
@@ -1057,25 +1073,27 @@ class Agent:
             self.logs |= diagnose(self.model, self.data, self.trained_on)
         self.logs |= fit(self.model, self.optimizer, self.loss_fn, self.data, args, self.generator)
         if self.value is not None:
-            self.logs |= self.value.fit(self.data, self.options(), args.gamma, self.generator)
+            self.logs |= self.value.fit(self.data, self.lookahead(), args.gamma, self.generator)
         self.trained_on = size
 
     def foresee(self, state: Tensor, action: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """States (B, obs_size) and Discrete actions (B,) -> what one of the elites expects: next states (B, obs_size),
         rewards and probabilities of going on (B,)."""
-        layers = self.model.select(self.model.elites[index % len(self.model.elites)][None])
+        networks = self.model.select(self.model.elites[index % len(self.model.elites)][None])
         step = state[None], F.one_hot(action, self.action_size).float()[None]
-        delta, _ = self.model.predict(*step, layers[0])
-        reward, survival = outcome(self.model, layers, *step, delta, self.reward_fn, self.termination_fn)
+        delta, _ = self.model.predict(*step, networks[0])
+        reward, survival = outcome(self.model, networks, *step, delta, self.reward_fn, self.termination_fn)
         return state + delta[0], reward[0], survival[0].float()
 
     def random_actions(self, *shape: int) -> Tensor:
+        """Discrete actions, counted from 0."""
         return torch.randint(self.action_size, shape, generator=self.generator, device=self.device)
 
     @torch.no_grad()
-    def options(self, steps: int = 8, count: int = 2_000) -> Options | None:
+    def lookahead(self, steps: int = 8, count: int = 2_000) -> Lookahead | None:
         """For Discrete actions: states near real ones, to which up to `steps` random actions lead by the model, and
-        what random sequences of actions bring from there, and from all real states."""
+        what 8 * A random sequences of actions bring from there, and from all real states, each by the mean of one of
+        the elites."""
         if not self.discrete:
             return None
         real = self.data.column("obs")
@@ -1092,7 +1110,7 @@ class Agent:
                 state, reward, survival = self.foresee(state, action.expand(len(states)), index)
                 returns, discount = returns + discount * reward, discount * self.args.gamma * survival
             found.append((state, returns, discount))
-        return Options(states, *map(torch.stack, zip(*found, strict=True)))
+        return Lookahead(states, *map(torch.stack, zip(*found, strict=True)))
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode, which neither learns nor touches the agent."""
@@ -1111,17 +1129,22 @@ class Agent:
 
     def init_from(self, folder: Path) -> None:
         """Takes model and data of another run; the value is learned from the data, for the present task."""
+        source = saved_args(str(folder))
+        for name in ("reward_fn", "termination_fn"):  # its data have what that function said
+            if getattr(source, name) is not None and getattr(self.args, name) is None:
+                raise Failure(f"{folder} was made with --{name.replace('_', '-')}, so this needs one, too")
         try:
             state = read_checkpoint(folder / CHECKPOINT)["agent"]
+            if state["counts"][0] == 0:
+                raise ValueError("it has not trained its model yet")
             self.model.load_state_dict(state["model"])
             self.data.load_state_dict(state["data"])
         except Exception as error:
             raise Failure(f"cannot start from {folder}: {type(error).__name__}: {error}") from error
-        self.trained_on, self.episode = self.data.size, int(self.data.episode[self.data.size - 1]) + 1
-        self.num_holdout = int(self.data.column("holdout").sum())
+        self.trained_on, self.episode = state["counts"][0], int(self.data.episode[self.data.size - 1]) + 1
         self.relabel(0)
         if self.value is not None:
-            self.logs |= self.value.fit(self.data, self.options(), self.args.gamma, self.generator)
+            self.logs |= self.value.fit(self.data, self.lookahead(), self.args.gamma, self.generator)
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
@@ -1132,7 +1155,7 @@ class Agent:
             "data": self.data.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "start": self.start,
-            "counts": [self.trained_on, self.episode, self.num_holdout],
+            "counts": [self.trained_on, self.episode],
             "logs": self.logs,
         }
 
@@ -1146,7 +1169,7 @@ class Agent:
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.start = None if state["start"] is None else state["start"].to(self.device)
-        (self.trained_on, self.episode, self.num_holdout), self.logs = state["counts"], state["logs"]
+        (self.trained_on, self.episode), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:

@@ -29,9 +29,15 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
             Update the policy on D_model (and a few transitions of D_env)
 
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
-algorithm 1). What the paper leaves open is as in the authors' code, jannerm/mbpo, but for three things: the reward has
-a network of its own, without noise; the termination is learned and not given, so that an environment is all that is
-needed; what the ensemble predicts is standardised.
+algorithm 1). This is algorithm 2 of the paper as the authors' code, jannerm/mbpo, arranges it: every 250 steps the
+ensemble is trained and the rollouts are made. What differs from that code:
+
+    - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
+      that an environment is all that is needed.
+    - What the ensemble predicts is standardised. A training starts with small batches, and ends after `max_updates`.
+      The hold-out set stays one for all trainings.
+    - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the settings by environment name
+      the authors').
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
@@ -151,11 +157,11 @@ class Args:
     rollouts: int = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: int = 1
-    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). What a model
-    that had seen little has imagined misleads for as long."""
+    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). Those of a
+    model that had seen little mislead for as long."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
-    deviation of their means, in those of a step's change, averaged over dimensions."""
+    deviation of their means, in units of that of a step's change, averaged over dimensions."""
     weigh_disagreement: bool = False
     """Not in the paper: imagined transitions weigh 1 / (1 + disagreement) in the critics' loss."""
     reward_fn: str | None = None
@@ -174,8 +180,8 @@ class Args:
     model_lr: float = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
     model_batch_size: int = 256
-    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, 32 or more (MBPO:
-    256, PETS: 32)."""
+    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
+    fewer than 32 (MBPO: 256, PETS: 32)."""
     train_every: int = 250
     """Environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)."""
     patience: int = 5
@@ -231,7 +237,8 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# Those of Hopper-v5 and below are the authors'; where they truncated the observation, so do the environment's options.
+# Those of Hopper-v5 and below are the authors', but for `max_updates`, which bounds the cost of a training with much
+# data; where they truncated the observation, so do the environment's options.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "tau": 0.005, "keep_trainings": 4}
 MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (
@@ -292,7 +299,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     if np.shape(obs) != space.shape or not np.isfinite(obs).all():
@@ -443,8 +450,8 @@ class Ensemble(nn.Module):
             std = data[name].std(0, correction=0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
-        # They are rare, and to overlook one costs more than to expect one too many: they count for as much as all
-        # other rows.
+        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
+        # all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
@@ -499,7 +506,8 @@ def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
     """What a gradient step lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
 
-    The decay of the termination networks is strong: from a handful of terminations they must find the boundary.
+    The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
+    reward networks have none.
     """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
     weights = [*model.dynamics[::2], *model.termination[::2]]
@@ -569,8 +577,9 @@ def fit(
 def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     """How well the elites predict the transitions from row `start` on, with which they have not been trained yet.
 
-    Errors of one step, by dimension, are in standard deviations of a step's change; errors after k steps along the
-    actions that were taken in standard deviations of the observation.
+    One step, by the mean of the elites: errors by dimension, disagreement and noise are in standard deviations of a
+    step's change, the reward's error in those of the reward. k steps, by each elite along the actions that were taken:
+    errors are in standard deviations of the observation.
     """
     (dynamics, reward_layers, _), count = model.select(model.elites), len(model.elites)
     obs, action, delta, reward = (data.column(name)[start:] for name in ("obs", "action", "delta", "reward"))
@@ -579,11 +588,11 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
     epistemic = mean.var(0, correction=0) / unit**2  # (B, obs_size): the variance that is disagreement,
     aleatoric = (std**2).mean(0) / unit**2  # and that which is expected noise
     error = (mean.mean(0) - delta) / unit
-    inside = error.abs() < 1.645 * (epistemic + aleatoric).sqrt()
+    inside = (error.abs() < 1.645 * (epistemic + aleatoric).sqrt())[:, model.delta_std > 0]
     predicted = model.predict_reward(mean, action.expand(count, -1, -1), obs + mean, reward_layers).mean(0)  # (B, 1)
     reward_error = predicted - model.standardise("reward", reward)
     logs = {
-        "model/coverage_90": inside.float().mean().item(),
+        "model/coverage_90": inside.float().mean().item() if inside.numel() else 1.0,
         "model/disagreement": epistemic.sqrt().mean().item(),
         "model/noise": aleatoric.sqrt().mean().item(),
         "model/error_reward": (reward_error**2).mean().sqrt().item(),
@@ -636,6 +645,17 @@ class Buffer:
     def column(self, name: str) -> Tensor:
         """The filled part of a column, (size, width)."""
         return getattr(self, name)[: self.size].view(self.size, -1)
+
+    def draw_holdout(self, ratio: float, most: int, generator: torch.Generator) -> bool:
+        """Whether the next row is to be held out. Where `most` are held out already, it takes the place of one of them,
+        which goes to training: the hold-out set is a sample of old and new rows alike."""
+        draw = torch.rand((), generator=generator, device=self.obs.device).item()
+        if self.size == 0 or draw >= min(ratio, most / (self.size + 1)):
+            return False
+        held = self.column("holdout")[:, 0].nonzero()[:, 0]
+        if len(held) >= most:
+            self.holdout[held[torch.randint(len(held), (1,), generator=generator, device=held.device)]] = False
+        return True
 
     def state_dict(self) -> dict:
         return {name: value[: self.size].clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -728,7 +748,8 @@ def imagined_step(
             logit[rows] = model.termination_logit(after, termination)[0]
     if reward_fn is not None:
         reward = reward_fn(obs, action, next_obs).reshape(-1, 1).float()
-    # Logit 0 is where terminations would be as probable as all else if they were as frequent: on the safe side.
+    # Terminations weigh more in training, so logit 0 is where one is as probable as in the data on average: a rollout
+    # ends early rather than late. (Where a termination is the goal, that is the optimistic side.)
     terminated = logit > 0
     if termination_fn is not None:
         terminated = termination_fn(obs, action, next_obs).reshape(-1, 1).bool()
@@ -907,7 +928,7 @@ class Agent:
         if args.compile:
             functions = (ensemble_loss, critic_loss, actor_loss)
             self.loss_fn, self.critic_loss, self.actor_loss = map(torch.compile, functions)
-        self.trained_on, self.episode, self.num_holdout, self.logs, self.losses = 0, 0, 0, {}, {}
+        self.trained_on, self.episode, self.logs, self.losses = 0, 0, {}, {}
 
     def load_for_unit_actions(self, name: str | None) -> Callable | None:
         """The function of that name, for actions in [-1, 1]."""
@@ -945,12 +966,20 @@ class Agent:
         action = (action - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
-        draw = torch.rand((), generator=self.generator, device=self.device).item()
-        holdout = draw < self.args.holdout_ratio and self.data.size > 0 and self.num_holdout < self.args.max_holdout
-        self.num_holdout += holdout
+        holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
         row = {"obs": before, "action": action, "reward": reward, "delta": after - before, "terminated": terminated}
         self.data.add(**row, episode=self.episode, holdout=holdout)
+        self.relabel(self.data.size - 1)
         self.episode += terminated or truncated
+
+    def relabel(self, start: int) -> None:
+        """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
+        obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
+        step = obs, action, obs + self.data.delta[start : self.data.size]
+        if self.reward_fn is not None:
+            self.data.reward[start : self.data.size] = self.reward_fn(*step)
+        if self.termination_fn is not None:
+            self.data.terminated[start : self.data.size] = self.termination_fn(*step)
 
     def update(self) -> None:
         """After each environment step: the model when it is time, then the updates of the actor-critic."""
@@ -987,7 +1016,9 @@ class Agent:
             real = {name: self.data.column(name) for name in ("obs", "action")}
             self.logs |= {
                 "planner/pool_age": size - imagined["step"].mean().item(),  # environment steps since it was imagined
-                "planner/value_real": self.mean_value(real),  # far apart: the policy exploits the model's errors
+                # The actions of real steps are those of older policies; the imagined ones are of the last few. Where
+                # the imagined values are higher by far more than that explains, the policy exploits the model.
+                "planner/value_real": self.mean_value(real),
                 "planner/value_imagined": self.mean_value(imagined),
             }
 
@@ -1072,7 +1103,7 @@ class Agent:
             "data": self.data.state_dict(),
             "pool": self.pool.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
-            "counts": [self.trained_on, self.episode, self.num_holdout],
+            "counts": [self.trained_on, self.episode],
             "logs": self.logs,
         }
 
@@ -1086,7 +1117,7 @@ class Agent:
             optimizer.load_state_dict(saved)
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
-        (self.trained_on, self.episode, self.num_holdout), self.logs = state["counts"], state["logs"]
+        (self.trained_on, self.episode), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:

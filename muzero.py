@@ -287,7 +287,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     if np.shape(obs) != space.shape or not np.isfinite(obs).all():

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, tiny_args
+from conftest import learned, only_run, tiny_args
 from torch import Tensor, nn
 
 import cem_mpc
@@ -196,6 +196,9 @@ def test_noise_of_the_world_is_found_and_covered():
     data = linear_data(1_200, noise=0.2)
     logs = cem_mpc.diagnose(model, data, 1_000)
     assert 0.8 < logs["model/coverage_90"] < 0.97
+    constant = linear_data(1_000, noise=0.2)  # what never changes is foreseen exactly, which says nothing
+    constant.delta[:, 1] = 0.0
+    assert 0.8 < cem_mpc.diagnose(trained(constant)[0], constant, 800)["model/coverage_90"] < 0.97
     _, std = model.predict(data.obs[None, :200], data.action[None, :200], model.select(torch.tensor([0]))[0])
     assert std.mean().item() == pytest.approx(0.2, rel=0.25)
     assert {"model/error_1_steps", "model/error_20_steps", "model/error_dim_2", "model/error_reward"} < set(logs)
@@ -533,6 +536,19 @@ def test_holdout_is_capped():
     assert agent.data.holdout.sum() == 10
 
 
+def test_a_full_holdout_set_goes_on_to_be_a_sample_of_all_rows():
+    data, draws, quarters = Buffer(1, 1, torch.device("cpu")), generator(0), []
+    for size in range(8_000):
+        holdout = data.draw_holdout(0.2, 200, draws)
+        data.add(obs=[0], action=[0], reward=0, delta=[0], terminated=False, episode=0, holdout=holdout)
+        if size == 799:
+            assert 120 < data.holdout[:800].sum() < 200  # not full yet: a fifth
+    assert data.holdout.sum() == 200
+    quarters = data.holdout[:8_000].view(4, -1).sum(1)
+    assert quarters.min() > 30
+    assert quarters.max() < 70
+
+
 def test_buffer_grows_and_keeps_what_it_holds():
     data = linear_data(3_000)
     assert data.size == 3_000
@@ -631,7 +647,7 @@ def test_value_is_that_of_the_best_actions_though_the_data_show_the_worst():
     obs = data.column("obs")
     right = (obs + 1).clamp(max=5)
     after, rewards = torch.stack([right, obs]), torch.stack([(right == 5).float()[:, 0], torch.zeros(600)])
-    options = cem_mpc.Options(obs, after, rewards, torch.full((2, 600), 0.5))
+    options = cem_mpc.Lookahead(obs, after, rewards, torch.full((2, 600), 0.5))
     value.fit(data, options, 0.5, generator(1))
     wanted = 2 * 0.5 ** torch.tensor([4.0, 3, 2, 1, 0, 0])  # 1 + 0.5 + 0.25 + ... where it is reached next
     wanted[0] = 1.0  # its data once had a reward of 1, which is more than it is worth
@@ -642,7 +658,7 @@ def test_value_is_that_of_the_best_actions_though_the_data_show_the_worst():
 def test_value_is_never_above_what_the_best_reward_forever_would_give():
     data = linear_data(60)
     value, obs, most = cem_mpc.Value(OBS, generator()), data.column("obs"), data.column("reward").max().item()
-    huge = cem_mpc.Options(obs, obs[None], torch.full((1, len(obs)), 1e6), torch.full((1, len(obs)), 0.9))
+    huge = cem_mpc.Lookahead(obs, obs[None], torch.full((1, len(obs)), 1e6), torch.full((1, len(obs)), 0.9))
     value.fit(data, huge, 0.9, generator(1))
     assert value(obs).mean().item() == pytest.approx(max(most, most / 0.1), rel=0.05)
 
@@ -681,7 +697,7 @@ def test_value_does_not_promise_much_where_nothing_was_seen():
     assert discount(far) > 3 * discount(far / 20) > 0
 
 
-def test_options_are_what_the_elites_foresee_in_turn():
+def test_the_lookahead_is_what_the_elites_foresee_in_turn():
     env = gym.make("CartPole-v1")
     agent = Agent(env.observation_space, env.action_space, small_args(terminal_value=True, gamma=0.9))
     env.action_space.seed(0)
@@ -693,7 +709,7 @@ def test_options_are_what_the_elites_foresee_in_turn():
         obs = env.reset()[0] if terminated or truncated else next_obs
     agent.update()
     before = agent.generator.get_state()
-    states, after, rewards, discounts = agent.options(steps=3, count=60)
+    states, after, rewards, discounts = agent.lookahead(steps=3, count=60)
     assert torch.equal(states[:40], agent.data.column("obs"))  # the real ones, and what the model leads to from them
     assert 80 < len(states) <= 100
     distance = (states[40:, None] - states[None, :40]).norm(dim=-1).amin(1)
@@ -727,7 +743,7 @@ def test_no_state_behind_a_termination_is_learned_from():
         agent.observe(np.zeros(4), 0, 1.0, np.full(4, 0.1), False)
     for ends, states in ((False, 10 + 60), (True, 10)):
         agent.termination_fn = lambda obs, action, next_obs, ends=ends: torch.full(next_obs.shape[:-1], ends)
-        assert len(agent.options(steps=3, count=60).states) == states
+        assert len(agent.lookahead(steps=3, count=60).states) == states
 
 
 def test_value_is_learned_from_scratch_each_time():
@@ -764,6 +780,29 @@ def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch)
     task["init_from"] = str(tmp_path / "moved")
     cem_mpc.train(small_args(run_dir=str(tmp_path / "c"), **task | {"reward_fn": None, "total_timesteps": 60}))
     assert len(cem_mpc.read_checkpoint(only_run(tmp_path / "c") / "checkpoint.pt")["agent"]["data"]["obs"]) == 140
+    # What the function said is in the data of the second run; without it the rewards would be mixed.
+    task["init_from"] = str(only_run(tmp_path / "b"))
+    with pytest.raises(cem_mpc.Failure, match="was made with --reward-fn"):
+        cem_mpc.train(small_args(run_dir=str(tmp_path / "d"), **task | {"reward_fn": None}))
+
+
+def test_init_from_a_run_that_has_not_learned_is_refused(tmp_path):
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=5))
+    source = str(only_run(tmp_path / "a"))
+    with pytest.raises(cem_mpc.Failure, match="it has not trained its model yet"):
+        cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=source))
+
+
+def test_init_from_killed_before_its_first_checkpoint_starts_there_again(tmp_path):
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
+    source = only_run(tmp_path / "a")
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=str(source), total_timesteps=30))
+    run = only_run(tmp_path / "b")
+    whole = learned(cem_mpc, run)
+    for path in run.glob(f"*{cem_mpc.CHECKPOINT}"):
+        path.unlink()
+    cem_mpc.train(dataclasses.replace(cem_mpc.saved_args(str(run)), resume=str(run)))
+    assert learned(cem_mpc, run) == whole
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,10 @@ def test_given_functions_get_actions_in_units(tmp_path, monkeypatch):
     agent = Agent(box(OBS), space, small_args(reward_fn="mytask:reward", termination_fn="mytask:end"))
     assert agent.reward_fn(None, torch.tensor([[0.5]]), None).tolist() == [1.0]
     assert agent.termination_fn(None, torch.tensor([[0.99], [0.5]]), None).tolist() == [True, False]
+    for action in (0.5, 1.95):  # real steps have what the functions say, as imagined ones do
+        agent.observe(np.zeros(OBS), np.array([action], np.float32), 7.0, np.zeros(OBS), False)
+    assert agent.data.column("reward")[:, 0].tolist() == pytest.approx([0.5, 1.95])
+    assert agent.data.column("terminated")[:, 0].tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
