@@ -181,8 +181,6 @@ class Args:
     """mppi: temperature of the weights exp(return / temperature), returns scaled to unit deviation (Williams 2017)."""
     plan_lr: float = 0.1
     """gradient: step size of Adam on the sequences, in units of half the action range."""
-    bf16: bool = False
-    """Imagine in bfloat16, which some CPUs (AVX512-BF16) and GPUs are faster at; the model is trained in float32."""
     terminal_value: bool = False
     """Add the value of the last imagined state to the return; it is learned from the real steps, and with Discrete
     actions also from what the model foresees."""
@@ -1024,9 +1022,7 @@ class Agent:
             permutations = None
             if args.sampling == "ts1":
                 permutations = torch.rand(shape, generator=generator, device=self.device).argsort(1)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                found = self.imagine(self.model, networks, obs, part, noise, permutations, args.gamma, **functions)
-            returns.append(found)
+            returns.append(self.imagine(self.model, networks, obs, part, noise, permutations, args.gamma, **functions))
         return torch.cat(returns)
 
     def to_units(self, actions: Tensor) -> Tensor:

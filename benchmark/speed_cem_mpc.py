@@ -74,7 +74,7 @@ class Contestant:
         return self
 
 
-def our_contestant(given: bool = False, bf16: bool = False) -> Contestant:
+def our_contestant(given: bool = False) -> Contestant:
     """cem_mpc.py; reward and termination are learned by networks of their own, or `given` as functions."""
     args = cem_mpc.Args(
         ensemble_size=MEMBERS,
@@ -89,12 +89,11 @@ def our_contestant(given: bool = False, bf16: bool = False) -> Contestant:
         particles=PARTICLES,
         sampling="tsinf",
         device="cpu",
-        bf16=bf16,
     )
     agent = cem_mpc.Agent(OBSERVATION_SPACE, ACTION_SPACE, args)
     if given:
         agent.reward_fn, agent.termination_fn = reward, termination
-    name = f"cem_mpc.py, reward and termination {'given' if given else 'learned'}{', --bf16' * bf16}"
+    name = f"cem_mpc.py, reward and termination {'given' if given else 'learned'}"
     generator, obs = torch.Generator().manual_seed(0), np.zeros(OBS_SIZE, np.float32)
     contestant = Contestant(name, lambda: agent.plan(obs, None, generator)[0])
     return contestant.count(agent.model, "predict", lambda obs, action, layers: obs.shape[0] * obs.shape[1])
@@ -165,7 +164,7 @@ def measure(peer: Path | None, rounds: int) -> str:
     """Markdown table of the medians; the ratios say how many times as long as the first contestant a plan takes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    contestants = [our_contestant(), our_contestant(given=True), our_contestant(bf16=True)]
+    contestants = [our_contestant(), our_contestant(given=True)]
     if peer:
         contestants += [peer_contestant(peer, learned) for learned in (True, False)]
     for index in range(rounds):
