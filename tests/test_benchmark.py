@@ -1,6 +1,7 @@
 """The benchmark: declared runs are made, continued, collected and drawn, and its statistics are right."""
 
 import dataclasses
+import importlib
 import itertools
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,6 +270,18 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     plot.report([suite])
     plot.report([suite])
     assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
+
+
+def test_runs_with_settings_by_environment_are_found(folder, monkeypatch):
+    monkeypatch.setitem(importlib.import_module("dyna_q").PRESETS, "DynaMaze-v0", {"eval_episodes": 3})
+    entry = dataclasses.replace(SMALL.entries[0], seeds=1)
+    settings = "--total-timesteps 6000 --eval-every 2000 --checkpoint-every 500 --n-planning 0 --eval-episodes"
+    path = run.folder_of(SMALL, entry)
+    for seed, episodes in ((1, 3), (2, 7)):
+        words = [*settings.split(), str(episodes), "--seed", str(seed), "--run-dir", str(path)]
+        assert start("dyna_q", *words).returncode == 0
+    found, others = run.find_runs(SMALL, entry)
+    assert (list(found), len(others)) == ([1], 1)
 
 
 def test_errors_of_a_model(tmp_path: Path):

@@ -382,6 +382,20 @@ def test_rows_are_drawn_by_priority_and_weighted_against_it():
         np.testing.assert_allclose(batch["weight"][rows == row], 1 / (row + 1), rtol=1e-6)
 
 
+def test_the_first_parts_of_long_episodes_are_stored_in_time_for_the_first_update():
+    agent = muzero.Agent(
+        gym.spaces.Discrete(5), gym.spaces.Discrete(2), small_args(num_envs=4, learning_starts=100, unroll_steps=5)
+    )
+    for step in range(300):
+        for env in range(4):  # no episode ends
+            agent.found = [(np.full(2, 0.5), 0.0, np.ones(2, bool))] * 4
+            agent.observe(step % 5, 0, 0.0, (step + 1) % 5, False, env=env)
+        if step == 24:  # 100 steps have been made, 25 in each environment
+            assert agent.replay.added >= 100
+    lengths = {int(left) for left in agent.replay.columns["left"][: agent.replay.added]}
+    assert max(lengths) == 200  # later parts are longer
+
+
 def test_replay_keeps_what_follows_a_row_when_it_overwrites():
     replay = Replay((1,), np.float32, 2, 13)
     for number in range(9):
