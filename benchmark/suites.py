@@ -83,7 +83,7 @@ def control(env_id: str) -> tuple[Entry, ...]:
     """MBPO with and without its model, for 5,000 steps."""
     return (
         Entry("MBPO", "mbpo.py", env_id, 5_000, 3),
-        Entry("MBPO without model", "mbpo.py", env_id, 5_000, 3, MODEL_OFF, baseline=True),
+        Entry("without model, 1 update a step", "mbpo.py", env_id, 5_000, 3, MODEL_OFF, baseline=True),
         Entry("SB3 SAC", SB3, env_id, 5_000, 3, "--algorithm sac", baseline=True),
     )
 
@@ -224,7 +224,10 @@ DECLARED = (
         entries=(
             PETS_PENDULUM,
             MBPO_PENDULUM,
-            Entry("MBPO without model", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
+            Entry(
+                "without model, 10 updates a step", "mbpo.py", "Pendulum-v1", 3_000, 5, "--real-ratio 1", baseline=True
+            ),
+            Entry("without model, 1 update a step", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
             Entry("SB3 SAC", SB3, "Pendulum-v1", 8_000, 5, "--algorithm sac", baseline=True),
         ),
         arguments="--eval-every 250",
@@ -238,9 +241,11 @@ DECLARED = (
         name="inverted_pendulum",
         title="InvertedPendulum-v5",
         entries=(
-            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 5, "--eval-every 1000"),
+            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 5, "--eval-every 2000"),
             Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
-            Entry("MBPO without model", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True),
+            Entry(
+                "without model, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True
+            ),
             Entry("SB3 SAC", SB3, "InvertedPendulum-v5", 6_000, 5, "--algorithm sac", baseline=True),
         ),
         arguments="--eval-every 500",
