@@ -42,9 +42,9 @@ ensemble is trained and the rollouts are made. What differs from that code:
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  In the making: three seeds of Pendulum-v1 returned -97, -141 and -146 after 3,000 steps (mean of 5 evaluation
-         episodes; a random policy scores about -1,200), and were above -200 from step 1,000, 1,750 and 1,750 on. 9 to
-         10 minutes a seed on one of 2 busy CPU cores.
+Expect:  Pendulum-v1 swung up: return -130 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -123, -141, -144,
+         -146; a random policy scores about -1,200), and from step 1,000 to 2,000 on above -200 (evaluated every 250
+         steps). 9 to 10 minutes a seed on one of 2 busy CPU cores.
 """
 
 import argparse
