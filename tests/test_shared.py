@@ -365,7 +365,7 @@ BAD_ARGS = {
         ("--reward-fn nonsense", "module:function"),
         ("--reward-fn math:nonsense", "math:nonsense"),
         ("--termination-fn no_such_module:f", "no_such_module"),
-        ("--init-from /no/such/folder", "cannot start from /no/such/folder"),
+        ("--init-from /no/such/folder", "/no/such/folder is not a run folder"),
     ],
     "muzero": [
         ("--env-id Pendulum-v1", "actions must be Discrete.*cem_mpc.py"),
