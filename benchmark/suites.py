@@ -77,6 +77,13 @@ EVALUATIONS: dict[str, Any] = {
     "xlabel": "environment steps",
     "ylabel": "mean return of an evaluation",
 }
+MBPO_CLAIM: dict[str, Any] = EVALUATIONS | {
+    "arguments": "--eval-every 250",
+    "xlim": (0, 3_000),
+    "ylim": (-1_700, 0),
+    "table_at": (750, 1_000, 1_500, 2_000, 2_500, 3_000),
+    "threshold": -200,
+}
 
 
 def control(env_id: str) -> tuple[Entry, ...]:
@@ -296,7 +303,7 @@ DECLARED = (
     # What the textbooks say, measured: benchmark/claims.
     Suite(
         name="claims/model_error",
-        title="The error of the model grows with the steps that it looks ahead (Pendulum-v1)",
+        title="Error of the model, by the steps that it looks ahead (Pendulum-v1)",
         entries=(PETS_PENDULUM,),
         arguments="--eval-every 250",
         xlim=(0, 50),
@@ -311,7 +318,7 @@ DECLARED = (
     ),
     Suite(
         name="claims/disagreement",
-        title="Where the networks disagree, they are wrong (Pendulum-v1)",
+        title="Error of the model, by the disagreement of its networks (Pendulum-v1)",
         entries=(PETS_PENDULUM,),
         arguments="--eval-every 250",
         xlim=(1, 10),
@@ -342,17 +349,12 @@ DECLARED = (
     ),
     Suite(
         name="claims/ensemble",
-        title="One network is exploited by its policy, an ensemble is not (Pendulum-v1)",
+        title="MBPO with one network and with an ensemble (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
             Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 5, "--ensemble-size 1 --num-elites 1"),
         ),
-        arguments="--eval-every 250",
-        xlim=(0, 3_000),
-        ylim=(-1_700, 0),
-        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
-        threshold=-200,
-        **EVALUATIONS,
+        **MBPO_CLAIM,
     ),
     Suite(
         name="claims/rollout_length",
@@ -364,12 +366,7 @@ DECLARED = (
                 for k in (5, 20, 50)
             ),
         ),
-        arguments="--eval-every 250",
-        xlim=(0, 3_000),
-        ylim=(-1_700, 0),
-        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
-        threshold=-200,
-        **EVALUATIONS,
+        **MBPO_CLAIM,
     ),
     Suite(
         name="claims/imagined_data",
@@ -380,27 +377,17 @@ DECLARED = (
             Entry("half", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio 0.5"),
             Entry("little by little", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio-steps 1000"),
         ),
-        arguments="--eval-every 250",
-        xlim=(0, 3_000),
-        ylim=(-1_700, 0),
-        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
-        threshold=-200,
-        **EVALUATIONS,
+        **MBPO_CLAIM,
     ),
     Suite(
         name="claims/stale_model",
-        title="A model that is trained too rarely (Pendulum-v1)",
+        title="MBPO with a model that is trained more rarely (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
             Entry("every 1,000 steps", "mbpo.py", "Pendulum-v1", 3_000, 3, "--train-every 1000"),
             Entry("once", "mbpo.py", "Pendulum-v1", 3_000, 3, "--train-every 100000"),
         ),
-        arguments="--eval-every 250",
-        xlim=(0, 3_000),
-        ylim=(-1_700, 0),
-        table_at=(750, 1_000, 1_500, 2_000, 2_500, 3_000),
-        threshold=-200,
-        **EVALUATIONS,
+        **MBPO_CLAIM,
     ),
 )
 SUITES = {suite.name: suite for suite in DECLARED}
