@@ -42,7 +42,7 @@ Expect:  Pendulum-v1 swung up after 1,000 steps: return -147 over 5 episodes (me
          -185; a random policy scores about -1,200), 4 to 9 minutes a seed on one of 2 busy CPU cores. Reacher-v5 after
          1,000 steps: -7.7 over 20 episodes (mean of 5 seeds: -6.6, -7.2, -7.6, -8.1, -8.9). InvertedPendulum-v5: 1000
          of 1000 after 2,000 steps (seeds 2, 3, 4 and 5), 23 minutes. CartPole-v1: 500 of 500 after 1,000, 2,000 and
-         3,000 steps (seeds 2, 3, 4 and 5), 25 minutes, of which 10 are the evaluations.
+         3,000 steps (seeds 2, 3, 4 and 5), 25 minutes.
 """
 
 import argparse

@@ -86,6 +86,15 @@ MBPO_CLAIM: dict[str, Any] = EVALUATIONS | {
 }
 
 
+def planning(env_id: str, total_timesteps: int) -> tuple[Entry, ...]:
+    """Q-learning, and Dyna-Q with 5 and with 50 planning updates a step."""
+    return (
+        Entry("Q-learning (n=0)", "dyna_q.py", env_id, total_timesteps, 20, "--n-planning 0", baseline=True),
+        Entry("Dyna-Q (n=5)", "dyna_q.py", env_id, total_timesteps, 20, "--n-planning 5"),
+        Entry("Dyna-Q (n=50)", "dyna_q.py", env_id, total_timesteps, 20, "--n-planning 50"),
+    )
+
+
 def control(env_id: str) -> tuple[Entry, ...]:
     """MBPO with and without its model, for 5,000 steps."""
     return (
@@ -175,9 +184,7 @@ DECLARED = (
         name="frozen_lake",
         title="FrozenLake-v1, slippery: return of the greedy policy",
         entries=(
-            Entry("Q-learning (n=0)", "dyna_q.py", "FrozenLake-v1", 20_000, 20, "--n-planning 0", baseline=True),
-            Entry("Dyna-Q (n=5)", "dyna_q.py", "FrozenLake-v1", 20_000, 20, "--n-planning 5"),
-            Entry("Dyna-Q (n=50)", "dyna_q.py", "FrozenLake-v1", 20_000, 20, "--n-planning 50"),
+            *planning("FrozenLake-v1", 20_000),
             Entry("last outcome (n=50)", "dyna_q.py", "FrozenLake-v1", 20_000, 20, "--n-planning 50 --model last"),
         ),
         arguments="--alpha 0.1 --gamma 0.99 --epsilon 0.1 --eval-every 1000 --eval-episodes 100",
@@ -195,11 +202,7 @@ DECLARED = (
     Suite(
         name="taxi",
         title="Taxi-v4: return of the greedy policy",
-        entries=(
-            Entry("Q-learning (n=0)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 0", baseline=True),
-            Entry("Dyna-Q (n=5)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 5"),
-            Entry("Dyna-Q (n=50)", "dyna_q.py", "Taxi-v4", 60_000, 20, "--n-planning 50"),
-        ),
+        entries=planning("Taxi-v4", 60_000),
         arguments="--alpha 0.5 --gamma 0.99 --epsilon 0.1 --eval-every 2000 --eval-episodes 50",
         xlim=(0, 60_000),
         ylim=(-200, 20),
@@ -211,11 +214,7 @@ DECLARED = (
     Suite(
         name="cliff_walking",
         title="CliffWalking-v1: return of the greedy policy",
-        entries=(
-            Entry("Q-learning (n=0)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 0", baseline=True),
-            Entry("Dyna-Q (n=5)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 5"),
-            Entry("Dyna-Q (n=50)", "dyna_q.py", "CliffWalking-v1", 10_000, 20, "--n-planning 50"),
-        ),
+        entries=planning("CliffWalking-v1", 10_000),
         arguments="--alpha 0.5 --gamma 1 --epsilon 0.1 --eval-every 200 --eval-episodes 1",
         xlim=(0, 10_000),
         ylim=(-200, 0),

@@ -264,10 +264,11 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     assert scores[:, 0].tolist() == [2.0, 3.0]
     plot.plot_suite(suite)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"small.svg", "small_minutes.svg"}
-    monkeypatch.setattr(plot, "page_of", lambda suite: tmp_path / "page.md")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- small -->\nold\n<!-- end -->\nafter\n")
-    plot.report([suite])
+    missing = dataclasses.replace(suite, name="claims/not_run_yet")  # it has no results, and its page need not exist
+    monkeypatch.setattr(plot, "page_of", lambda found: tmp_path / ("page.md" if found is suite else "none.md"))
+    plot.report([suite, missing])
     plot.report([suite])
     assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
 
@@ -293,7 +294,7 @@ def test_errors_of_a_model(tmp_path: Path):
     agent, episodes = model_error.fresh_episodes(run_folder, 1)
     assert [(len(obs), len(action)) for obs, action in episodes] == [(201, 200)] * 2
     unit, elites = agent.model.obs_std, agent.model.select(agent.model.elites)[0]
-    squares, one_step = [], []
+    squares, one_step, spread = [], [], []
     with torch.inference_mode():
         for obs, action in episodes:  # one start and one member after the other
             for start, member in itertools.product(range(199), range(5)):
@@ -303,11 +304,14 @@ def test_errors_of_a_model(tmp_path: Path):
                 squares.append((((state[0, 0] - obs[start + 2]) / unit) ** 2).mean())
             expected = model_error.predictions(agent, obs[:-1], action[:, None])
             one_step.append((((expected.mean(0) - obs[1:]) / agent.model.delta_std) ** 2).mean(1))
+            spread.append((expected.std(0, correction=0) / agent.model.delta_std).square().mean(1))
     found = dict(model_error.error_by_steps(run_folder, 1))
     assert list(found) == list(model_error.STEPS_AHEAD)
     assert found[2] == pytest.approx(torch.stack(squares).mean().sqrt().item(), rel=1e-4)
     groups = model_error.error_by_disagreement(run_folder, 1)
     assert [number for number, _ in groups] == list(range(1, 11))
+    most = torch.cat(one_step)[torch.cat(spread).topk(40).indices]  # the last tenth of 400 steps
+    assert groups[-1][1] == pytest.approx(most.mean().sqrt().item(), rel=1e-4)
     mean_square = np.mean([error**2 for _, error in groups])  # all groups are equally large
     assert mean_square == pytest.approx(torch.cat(one_step).mean().item(), rel=1e-4)
 
