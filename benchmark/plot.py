@@ -147,7 +147,7 @@ def draw_panel(
     if times is None:
         axes.set(xlim=suite.xlim, xlabel=suite.xlabel)
     else:
-        axes.set(xlim=(0, max(time[-1] for found in times.values() for time in found)), xlabel="minutes")
+        axes.set(xlim=(0, longest(times)), xlabel="minutes")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = suite.ylim
@@ -216,25 +216,40 @@ def table(suite: Suite) -> str:
 
 def threshold_table(suite: Suite) -> str:
     """Markdown table: after how many steps and minutes an evaluation first reached `suite.threshold`."""
+    times = read_times(suite)
+    unit, per_minute = ("minutes", 1) if longest(times) >= 1 else ("seconds", 60)
     lines = [
-        f"| first evaluation of {suite.threshold:g} or more | seeds | environment steps | minutes |",
+        f"| first evaluation of {suite.threshold:g} or more | seeds | environment steps | {unit} |",
         "|---|---|---|---|",
     ]
-    times = read_times(suite)
     for env, algorithms in read_runs(suite).items():
         for label, runs in algorithms.items():
             reached = [(index, np.flatnonzero(run[:, 1] >= suite.threshold)) for index, run in enumerate(runs)]
             first = [(index, where[0]) for index, where in reached if len(where)]
-            steps = ", ".join(f"{runs[index][at, 0]:,.0f}" for index, at in first) or "-"
-            minutes = ", ".join(f"{times[env, label][index][at]:.1f}" for index, at in first) or "-"
-            lines.append(f"| {label} | {len(first)} of {len(runs)} | {steps} | {minutes} |")
+            steps = listed([runs[index][at, 0] for index, at in first], 0)
+            passed = listed([times[env, label][index][at] * per_minute for index, at in first], 1)
+            lines.append(f"| {label} | {len(first)} of {len(runs)} | {steps} | {passed} |")
     return "\n".join(lines)
 
 
+def longest(times: dict) -> float:
+    """The minutes of the longest run."""
+    return max((time[-1] for found in times.values() for time in found), default=0.0)
+
+
+def listed(values: list[float], digits: int) -> str:
+    """All of a few values; of more than five the median and the range."""
+    if len(values) > 5:
+        low, middle, high = np.quantile(values, (0, 0.5, 1))
+        return f"median {middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+    return ", ".join(f"{value:,.{digits}f}" for value in values) or "-"
+
+
 def plot_suite(suite: Suite) -> None:
-    """Writes the SVG of a suite, a second one over minutes where times are known, and prints its tables."""
+    """Writes the SVG of a suite, a second one over minutes where a run takes any, and prints its tables."""
     figures = {f"{suite.name}.svg": draw(suite)}
-    if times := read_times(suite):
+    times = read_times(suite)
+    if longest(times) >= 1:
         figures[f"{suite.name}_minutes.svg"] = draw(suite, times)
     with rc_context(STYLE):
         for name, figure in figures.items():

@@ -256,6 +256,8 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     assert plot.threshold_table(dataclasses.replace(suite, threshold=50)).splitlines()[-1] == (
         "| Dyna-Q+ | 0 of 2 | - | - |"
     )
+    assert plot.listed([3.0, 1.0], 0) == "3, 1"
+    assert plot.listed([6_000.0, 2_000, 1_000, 3_000, 4_000, 5_000], 0) == "median 3,500 (1,000 to 6,000)"
     x, scores = plot.over_minutes(
         [np.array([[1e3, 1, 0], [2e3, 2, 0]]), np.array([[1e3, 3, 0], [2e3, 4, 0]])],
         [np.array([1.0, 2.0]), np.array([2.0, 4.0])],
