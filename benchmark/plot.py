@@ -270,7 +270,7 @@ def page_of(suite: Suite) -> Path:
 def report(suites: list[Suite]) -> None:
     """Puts the tables of suites into their pages, between `<!-- NAME -->` and `<!-- end -->`."""
     for suite in (suite for suite in suites if (RESULTS / f"{suite.name}.csv").exists()):
-        begin, end, text = f"<!-- {suite.name} -->\n", "\n<!-- end -->", page_of(suite).read_text()
+        begin, end, text = f"<!-- {suite.name} -->\n", "<!-- end -->", page_of(suite).read_text()
         if begin in text:
             before, rest = text.split(begin, 1)
-            page_of(suite).write_text(before + begin + "\n" + tables(suite) + "\n" + end + rest.split(end, 1)[1])
+            page_of(suite).write_text(before + begin + "\n" + tables(suite) + "\n\n" + end + rest.split(end, 1)[1])

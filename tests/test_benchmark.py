@@ -267,12 +267,13 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     plot.plot_suite(suite)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"small.svg", "small_minutes.svg"}
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- small -->\nold\n<!-- end -->\nafter\n")
+    page.write_text("before\n<!-- small -->\n<!-- end -->\nbetween\n<!-- other -->\n<!-- end -->\nafter\n")
     missing = dataclasses.replace(suite, name="claims/not_run_yet")  # it has no results, and its page need not exist
     monkeypatch.setattr(plot, "page_of", lambda found: tmp_path / ("page.md" if found is suite else "none.md"))
     plot.report([suite, missing])
     plot.report([suite])
-    assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\nafter\n"
+    rest = "between\n<!-- other -->\n<!-- end -->\nafter\n"
+    assert page.read_text() == f"before\n<!-- small -->\n\n{plot.tables(suite)}\n\n<!-- end -->\n{rest}"
 
 
 def test_runs_with_settings_by_environment_are_found(folder, monkeypatch):
