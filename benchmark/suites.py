@@ -198,8 +198,8 @@ DECLARED = (
         table_at=(1_000, 2_000, 5_000, 10_000, 20_000),
         horizontal=(0.740, "best policy"),
     ),
-    # The best returns, by value iteration from the transition probabilities: 7.93 in Taxi (mean over its starts, of which
-    # an evaluation sees 50), -13.
+    # The best returns, by value iteration from the transition probabilities: 7.93 in Taxi (mean over its starts, of
+    # which an evaluation sees 50), -13.
     Suite(
         name="taxi",
         title="Taxi-v4: return of the greedy policy",
