@@ -140,6 +140,10 @@ class Args:
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: float = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature)."""
+    min_range: float = 0.05
+    """In each node Q is rescaled to [0, 1] by the range that it has there, but at least by this share of the range of
+    the replay's values (their 5th to 95th percentile): with two actions, say, one would always be 0 and the other 1, be
+    the difference ever so small; 0: as in mctx."""
 
     learning_starts: int = 500
     """Steps before the first update."""
@@ -153,7 +157,11 @@ class Args:
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10)."""
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
-    reanalyze_ratio: float = 1.0
+    follow: float = 0.5
+    """A value target follows the rewards that came only up to an action that the search would not take any more, one
+    with less than this share of the best one's probability in the policy that `reanalyze_ratio` keeps up to date. What
+    came of it says little about the policy of now; 0: all n steps (MuZero)."""
+    reanalyze_ratio: float = 8.0
     """Old positions that are searched again, for each environment step: policies and values of the latest network take
     the place of those of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.5
@@ -199,12 +207,14 @@ class Args:
             dirichlet_alpha=(1e-6, 10**6),
             dirichlet_fraction=(0, 1),
             temperature=(1e-3, 10**3),
+            min_range=(0, 1),
             learning_starts=(1, math.inf),
             updates_per_step=(0, 1000),
             batch_size=(1, 10**6),
             unroll_steps=(1, 1000),
             td_steps=(1, 10**6),
             buffer_size=(2, 10**9),
+            follow=(0, 1),
             reanalyze_ratio=(0, 1000),
             priority_exponent=(0, 10),
             learning_rate=(1e-9, 1),
@@ -725,8 +735,10 @@ class Replay:
     """Positions of the latest episodes in a ring. An episode, or a part of one, is T rows for its steps and one for the
     state after them; as old rows are overwritten from its beginning, what follows a row is always there."""
 
-    def __init__(self, obs_shape: tuple[int, ...], obs_dtype: Any, num_actions: int, capacity: int):
-        self.added = 0
+    def __init__(
+        self, obs_shape: tuple[int, ...], obs_dtype: Any, num_actions: int, capacity: int, follow: float = 0.0
+    ):
+        self.added, self.follow = 0, follow
         self.columns = {
             "obs": np.zeros((capacity, *obs_shape), obs_dtype),
             "action": np.zeros(capacity, np.int64),
@@ -749,14 +761,24 @@ class Replay:
 
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
-        are left, v is the last one: 0 after a termination, the value of the last state after a truncation."""
+        are left, v is the last one: 0 after a termination, the value of the last state after a truncation. With
+        `follow`, n ends before the first action that the policy of now would not take."""
         columns, capacity = self.columns, len(self.columns["obs"])
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         steps = np.arange(n)[None]
-        rewards = columns["reward"][(rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity]
+        index = (rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity  # (R, n)
+        if self.follow:
+            ends = (steps >= ahead[:, None]) | ~self.followed(index)
+            ahead = np.where(ends.any(1), ends.argmax(1), ahead)
+        rewards = columns["reward"][index]
         discounts = float(gamma) ** np.arange(n + 1)
         rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % capacity]
+
+    def followed(self, rows: Array) -> Array:
+        """(...): whether the policies of rows (...) still take the actions that were taken there."""
+        policy, action = self.columns["policy"][rows], self.columns["action"][rows]
+        return np.take_along_axis(policy, action[..., None], -1)[..., 0] >= self.follow * policy.max(-1)
 
     def sample(
         self, count: int, steps: int, n: int, gamma: float, generator: np.random.Generator, next_obs: bool = False
@@ -818,8 +840,11 @@ class Tree:
     of an edge, Q, is its reward plus the discounted value of the node behind it.
     """
 
-    def __init__(self, latent: Array, logits: Array, value: Array, legal: Array, num_simulations: int):
+    def __init__(
+        self, latent: Array, logits: Array, value: Array, legal: Array, num_simulations: int, min_range: float = 0.0
+    ):
         (batch, self.num_actions), width = logits.shape, num_simulations + 1
+        self.min_range = max(min_range, 1e-8)  # by what at least Q is divided in `rescale`
         self.roots, rows = np.arange(batch) * width, batch * width
         self.latent = np.empty((rows, *latent.shape[1:]), latent.dtype)
         self.prediction, self.value = np.empty(rows, np.float32), np.empty(rows, np.float32)
@@ -918,6 +943,11 @@ def exploration(num_simulations: int, base: float = 19_652, init: float = 1.25) 
     return ((init + np.log((n + base + 1) / base)) * np.sqrt(n)).astype(np.float32)
 
 
+def rescale(tree: Tree, q: Array, low: Array, high: Array) -> Array:
+    """Q (B, A) to [0, 1], from `low` and `high` (B, 1); less far apart where these are close."""
+    return (q - low) / np.maximum(high - low, tree.min_range)
+
+
 def puct(tree: Tree, node: Array, table: Array) -> Array:
     """Scores (B, A) of the actions of nodes (B,): MuZero, equation 2, with the conventions of mctx: Q is normalised to
     [0, 1] between the smallest and the largest of the value of the node, not of the whole tree, and the Q of its
@@ -925,7 +955,7 @@ def puct(tree: Tree, node: Array, table: Array) -> Array:
     visits, value = tree.edge_visits.take(node, axis=0), tree.value.take(node)[:, None]
     seen = np.where(visits > 0, tree.q.take(node, axis=0), value)
     low, high = np.minimum(seen.min(1, keepdims=True), value), np.maximum(seen.max(1, keepdims=True), value)
-    normalised = np.where(visits > 0, seen - low, 0) / np.maximum(high - low, 1e-8)
+    normalised = rescale(tree, np.where(visits > 0, seen, low), low, high)
     return normalised + tree.prior.take(node, axis=0) * table.take(tree.visits.take(node))[:, None] / (visits + 1)
 
 
@@ -973,7 +1003,7 @@ def sigma(tree: Tree, node: Array, maxvisit_init: float = 50, scale: float = 0.1
     mctx, from which the constants are."""
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
-    rescaled = (completed - low) / np.maximum(high - low, 1e-8)
+    rescaled = rescale(tree, completed, low, high)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
     return (maxvisit_init + visits) * scale * rescaled
 
@@ -1047,11 +1077,11 @@ class Agent:
         parameters = list(self.parameters.parameters())
         self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
-        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.buffer_size)
+        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.buffer_size, args.follow)
         # Of each environment: what the search found for the present state, and the steps of the episode so far.
         self.found: list[tuple[Array, float, Array]] = []
         self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
-        self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
+        self.steps, self.updates, self.searched_again, self.value_range, self.logs, self.losses = 0, 0, 0, 0.0, {}, {}
 
     def row(self, obs: Any) -> Array:
         """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
@@ -1084,10 +1114,15 @@ class Agent:
 
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
-        policies found (B, A), actions (B,), values (B,) and the trees."""
+        policies found (B, A), actions (B,), values (B,) and the trees.
+
+        The values are those of the policies found. The mean of what came back through the root would be lower: a search
+        tries actions of which it finds that they are bad, `gumbel` as often as the others.
+        """
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
-        tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations)
+        min_range = args.min_range * self.value_range
+        tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations, min_range)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
@@ -1103,7 +1138,7 @@ class Agent:
                 weights = (policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)
                 cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
                 action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
-        return policy, action, tree.value[tree.roots], tree
+        return policy, action, (policy * completed_q(tree, tree.roots)).sum(1), tree
 
     def legal(self, info: dict | None) -> Array:
         """(A,): what `info["action_mask"]` allows, everything where there is none."""
@@ -1172,6 +1207,8 @@ class Agent:
         capacity = len(self.replay.columns["obs"])
         rows = (self.replay.added + np.arange(length)) % capacity
         self.replay.add(columns)
+        low, high = np.quantile(self.replay.columns["value"][: self.replay.added], (0.05, 0.95))
+        self.value_range = float(high - low)
         error = np.abs(self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
         self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
         if terminated:  # what came in the end is known: how well did the search foresee it?
@@ -1257,7 +1294,7 @@ class Agent:
             "parts": [
                 [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
             ],
-            "counts": [self.steps, self.updates, self.searched_again],
+            "counts": [self.steps, self.updates, self.searched_again, self.value_range],
             "logs": self.logs,
         }
 
@@ -1270,7 +1307,7 @@ class Agent:
             [column.numpy() if column.ndim > 1 else column.tolist() for column in part] for part in state["parts"]
         ]
         self.parts = [list(zip(*part, strict=True)) for part in columns]
-        (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
+        (self.steps, self.updates, self.searched_again, self.value_range), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:

@@ -170,6 +170,33 @@ def test_many_searches_at_once_are_the_same_as_one_by_one(search):
             np.testing.assert_allclose(one[0], many[row], rtol=1e-5)
 
 
+@pytest.mark.parametrize("search", ["puct", "gumbel"])
+def test_value_of_a_search_is_that_of_the_policy_it_found(search):
+    args = small_args(search=search, num_simulations=12)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (4,), np.float32), gym.spaces.Discrete(3), args)
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    legal = np.array([[True] * 3] * 4 + [[True, False, True]])
+    policy, _, value, tree = agent.plan(rows, legal, None)
+    for row, root in enumerate(tree.roots):
+        assert (tree.edge_visits[root] > 0).tolist() == legal[row].tolist()  # so nothing had to be completed
+        q = [
+            tree.reward[root, a] + args.gamma * tree.value[tree.child[root, a]] if legal[row, a] else math.nan
+            for a in range(3)
+        ]
+        assert value[row] == pytest.approx(sum(policy[row, a] * q[a] for a in range(3) if legal[row, a]), abs=1e-5)
+
+
+def test_q_of_close_actions_is_rescaled_by_the_least_range_and_of_others_by_their_own():
+    root = np.zeros(1, np.int64)
+    for q, least, wanted in (((1.0, 1.5), 0.0, 1.0), ((1.0, 1.5), 2.0, 0.25), ((1.0, 6.0), 2.0, 1.0)):
+        tree = Tree(np.zeros((1, 1)), np.zeros((1, 2)), np.array([1.2]), np.ones((1, 2), bool), 4, least)
+        tree.q[0], tree.edge_visits[0], tree.visits[0] = q, (2, 1), 4
+        added = muzero.sigma(tree, root)[0]
+        assert added[1] - added[0] == pytest.approx((50 + 2) * 0.1 * wanted)
+        scores = muzero.puct(tree, root, np.zeros(9, np.float32))[0]  # without the part for exploration
+        assert scores[1] - scores[0] == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize(
     ("considered", "simulations", "wanted"),
     [
@@ -251,6 +278,29 @@ def test_returns_are_those_of_brute_force(rewards, n, gamma):
         for reward in rewards[t:end]:
             total, factor = total + factor * reward, factor * gamma
         assert found == pytest.approx(total + factor * values[end], abs=1e-5)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=12),
+    st.integers(1, 14),
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    st.booleans(),
+)
+def test_returns_end_before_an_action_that_would_not_be_taken_any_more(steps, n, follow, terminated):
+    length, columns = len(steps), episode_rows(len(steps), 0.0, terminated)
+    values = np.array([*np.cos(np.arange(length)), 0.0 if terminated else 3.0])
+    policy = np.array([[p, 1 - p] for p, _ in steps] + [[0.5, 0.5]], np.float32)
+    action = np.array([*(action for _, action in steps), 0])
+    columns |= {"reward": np.arange(length + 1.0), "value": values, "policy": policy, "action": action}
+    replay = Replay((1,), np.float32, 2, length + 4, follow)
+    replay.add(episode_rows(3, 7.0, True))
+    replay.add(columns)
+    found = replay.n_step_returns((4 + np.arange(length + 1)) % (length + 4), n, 0.9)
+    for t in range(length + 1):
+        total, factor, end = 0.0, 1.0, t
+        while end < min(t + n, length) and policy[end][action[end]] >= np.float32(follow) * max(policy[end]):
+            total, factor, end = total + factor * end, factor * 0.9, end + 1
+        assert found[t] == pytest.approx(total + factor * values[end], abs=1e-5)
 
 
 # --- network --------------------------------------------------------------------------------------------------------
