@@ -33,7 +33,7 @@ layer, not several, gives all numbers of an observation, one-hot choices among t
 actor; pictures are halved down to 4 x 4 whatever their size; evaluation takes the most likely action and does not draw.
 
 Run:     python dreamer.py
-         python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512     (with a GPU)
+         python dreamer.py --size 12m --batch-length 64 --train-ratio 512 --learning-rate 4e-5     (with a GPU)
          python dreamer.py --help
 Expect:  In the making: nothing was learned with it yet.
 """
@@ -89,7 +89,7 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 30_000
+    total_timesteps: int = 12_000
     """Environment steps (calls of `env.step`) to learn for."""
     seed: int = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
@@ -129,17 +129,17 @@ class Args:
     """Steps before the first update."""
     train_ratio: float = 64.0
     """Steps that are replayed for each environment step (DreamerV3: 32 to 1024)."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Sequences of an update (DreamerV3: 16)."""
-    batch_length: int = 32
+    batch_length: int = 16
     """Steps of each (DreamerV3: 64)."""
     replay_size: int = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
     replay_on_disk: bool = False
     """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints."""
-    learning_rate: float = 4e-5
-    """Step size of the optimizer (DreamerV3: 4e-5)."""
-    warmup: int = 1_000
+    learning_rate: float = 2e-4
+    """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
+    warmup: int = 200
     """Updates during which the step size rises from 0 (DreamerV3: 1000)."""
     imagination_horizon: int = 15
     """Steps imagined (DreamerV3: 15)."""
