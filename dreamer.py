@@ -35,8 +35,8 @@ actor; pictures are halved down to 4 x 4 whatever their size; evaluation takes t
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --train-ratio 512 --learning-rate 4e-5     (with a GPU)
          python dreamer.py --help
-Expect:  In the making. CartPole-v1, one seed: return 355, 493, 254, 500, 500, 500, 500 at 4,000, 6,000, ... 16,000 steps
-         (5 episodes each), 18 minutes to 10,000 steps on one of 2 busy and rather slow CPU cores.
+Expect:  In the making. CartPole-v1, one seed: return 355, 493, 254, 500, 500, 500, 500 at 4,000, 6,000, ... 16,000
+         steps (5 episodes each), 18 minutes to 10,000 steps on one of 2 busy and rather slow CPU cores.
 """
 
 import argparse

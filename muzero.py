@@ -140,7 +140,7 @@ class Args:
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: float = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature)."""
-    min_range: float = 0.05
+    min_range: float = 0.01
     """In each node Q is rescaled to [0, 1] by the range that it has there, but at least by this share of the range of
     the replay's values (their 5th to 95th percentile): with two actions, say, one would always be 0 and the other 1, be
     the difference ever so small; 0: as in mctx."""
@@ -164,7 +164,7 @@ class Args:
     reanalyze_ratio: float = 8.0
     """Old positions that are searched again, for each environment step: policies and values of the latest network take
     the place of those of when the position was played (MuZero Reanalyze)."""
-    priority_exponent: float = 0.5
+    priority_exponent: float = 0.0
     """Exponent of the priorities |value - value target|, of the search's value when a position comes in, of the
     network's when it has been trained on; 0: positions are drawn uniformly (MuZero: 1)."""
     learning_rate: float = 1e-3
@@ -175,9 +175,9 @@ class Args:
     """Factor of half the squared weights (MuZero: 1e-4)."""
     max_grad_norm: float = 5.0
     """Longest gradient; a longer one is shortened to it."""
-    value_weight: float = 0.25
-    """Weight of the value loss (MuZero Reanalyze: 0.25)."""
-    consistency_weight: float = 0.0
+    value_weight: float = 1.0
+    """Weight of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)."""
+    consistency_weight: float = 2.0
     """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
     that came (Ye et al. 2021: 2)."""
     network: Literal["auto", "mlp", "conv"] = "auto"
@@ -231,7 +231,7 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "priority_exponent": 0.0, "eval_episodes": 20, "support": 2}
+BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20, "support": 2}
 PRESETS: dict[str, dict[str, Any]] = {
     "TicTacToe-v0": {
         "total_timesteps": 50_000,
@@ -632,7 +632,7 @@ def step(parameters: Parameters, latent: Values, action: Values) -> Values:
     # The rows of the weights behind the latent's are what a one-hot action selects.
     weight, size = parameters["step_weight"], latent.shape[-1]
     hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
-    return bounded(dense(parameters, "next_latent", hidden))
+    return bounded(latent + dense(parameters, "next_latent", hidden))  # most steps change little
 
 
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
@@ -1068,6 +1068,9 @@ class Agent:
         if convolutional and len(shape) != 3:
             raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
         self.obs_shape = shape if convolutional else (math.prod(shape),)
+        # Numbers of a vector can be of any size; those of boards, and one-hot ones, are what they should be.
+        self.standardises = observation_space.shape == self.obs_shape and dtype == np.float32
+        self.mean, self.std = np.zeros(self.obs_shape, np.float32), np.ones(self.obs_shape, np.float32)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
         self.net, self.parameters = make_network(self.obs_shape, self.num_actions, args, generator)
@@ -1090,8 +1093,10 @@ class Agent:
         return np.asarray(obs, self.replay.columns["obs"].dtype).reshape(self.obs_shape)
 
     def unit(self, rows: Array) -> Array:
-        """Observations as the network wants them: bytes are scaled to [0, 1]."""
-        return rows.astype(np.float32) / 255 if rows.dtype == np.uint8 else rows
+        """Observations as the network wants them: bytes are scaled to [0, 1], vectors by what the replay holds."""
+        if rows.dtype == np.uint8:
+            return rows.astype(np.float32) / 255
+        return ((rows - self.mean) / self.std).clip(-10, 10) if self.standardises else rows
 
     def infer(self, function: Callable[..., Values], *arrays: Array) -> Array:
         """Calls a function of the network with arrays, wherever it is."""
@@ -1207,8 +1212,11 @@ class Agent:
         capacity = len(self.replay.columns["obs"])
         rows = (self.replay.added + np.arange(length)) % capacity
         self.replay.add(columns)
-        low, high = np.quantile(self.replay.columns["value"][: self.replay.added], (0.05, 0.95))
+        seen = {name: self.replay.columns[name][: self.replay.added] for name in ("obs", "value")}
+        low, high = np.quantile(seen["value"], (0.05, 0.95))
         self.value_range = float(high - low)
+        if self.standardises:
+            self.mean, self.std = seen["obs"].mean(0), np.maximum(seen["obs"].std(0), 1e-6)
         error = np.abs(self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
         self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
         if terminated:  # what came in the end is known: how well did the search foresee it?
@@ -1294,6 +1302,7 @@ class Agent:
             "parts": [
                 [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
             ],
+            "scale": [torch.from_numpy(self.mean), torch.from_numpy(self.std)],
             "counts": [self.steps, self.updates, self.searched_again, self.value_range],
             "logs": self.logs,
         }
@@ -1307,6 +1316,7 @@ class Agent:
             [column.numpy() if column.ndim > 1 else column.tolist() for column in part] for part in state["parts"]
         ]
         self.parts = [list(zip(*part, strict=True)) for part in columns]
+        self.mean, self.std = (part.numpy() for part in state["scale"])
         (self.steps, self.updates, self.searched_again, self.value_range), self.logs = state["counts"], state["logs"]
 
 

@@ -438,7 +438,7 @@ def test_variants_run_through(fields, tmp_path):
 
 # --- learning -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize(("env_id", "wanted"), [("Pendulum-v1", -200)])
+@pytest.mark.parametrize(("env_id", "wanted"), [("Pendulum-v1", -200), ("InvertedPendulum-v5", 950)])
 def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_path: Path):
     if env_id.endswith("-v5"):
         pytest.importorskip("mujoco")

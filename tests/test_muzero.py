@@ -326,7 +326,7 @@ def test_network_is_that_of_plain_layers_for_tensors_and_arrays():
     obs, action = torch.randn(5, 3, generator=generator(1)), torch.tensor([0, 1, 1, 0, 1])
     latent = plain_bounded(plain_layers(parameters, "represent", "latent")(obs.double()))
     joined = torch.cat([latent, torch.nn.functional.one_hot(action, 2)], dim=-1)
-    following = plain_bounded(plain_layers(parameters, "step", "next_latent")(joined))
+    following = plain_bounded(latent + plain_layers(parameters, "step", "next_latent")(joined))
     for weights, kind in ((parameters, lambda x: x), (view, lambda x: x.numpy())):
         first = muzero.represent(weights, kind(obs))
         second = muzero.step(weights, first, kind(action))
@@ -546,6 +546,23 @@ def test_consistency_pulls_the_imagined_state_to_the_observation_that_came_but_n
     foretold = plain_layers(parameters, "foretell", "foretold")(project(imagined.double()))
     wanted = -torch.nn.functional.cosine_similarity(foretold, project(real.double()))
     torch.testing.assert_close(muzero.inconsistency(parameters, imagined, real).double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_vectors_are_standardised_by_the_replay_and_nothing_else_is():
+    agent = muzero.Agent(gym.spaces.Box(-1e4, 1e4, (2,)), gym.spaces.Discrete(2), small_args(learning_starts=10**6))
+    rows = np.random.default_rng(0).normal((5.0, -300.0), (0.1, 100.0), (41, 2)).astype(np.float32)
+    for t in range(40):
+        agent.act(rows[t])
+        agent.observe(rows[t], 0, 1.0, rows[t + 1], t == 39)
+    found = agent.unit(rows)
+    np.testing.assert_allclose(found, (rows - rows.mean(0)) / rows.std(0), rtol=1e-3)
+    assert agent.unit(np.array([[9.0, -300.0]], np.float32))[0, 0] == 10  # far out is cut
+    for space, obs in ((gym.spaces.Discrete(3), 1), (gym.spaces.Box(0, 1, (3, 3, 2)), np.ones((3, 3, 2)))):
+        agent = muzero.Agent(space, gym.spaces.Discrete(2), small_args(network="mlp", learning_starts=10**6))
+        for t in range(5):
+            agent.act(obs)
+            agent.observe(obs, 0, 1.0, obs, t == 4)
+        np.testing.assert_array_equal(agent.unit(agent.row(obs)), agent.row(obs))
 
 
 def test_reanalyze_puts_in_what_a_search_finds_now_and_leaves_ends_alone():
