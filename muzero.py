@@ -28,7 +28,16 @@ The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi 
 
 `--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
 the root's actions are sampled without replacement and halved by their value, which improves the policy with any number
-of simulations. Both searches take the same steps as DeepMind's mctx.
+of simulations. Both searches take the same steps as DeepMind's mctx. What differs from the papers:
+
+    - The value that a search stores is that of the policy which it found. The mean of what came back through the root,
+      the papers' choice, also counts the actions that the search tried and dropped.
+    - The returns of old episodes say what came of old policies. Value targets follow them only as far as the policy of
+      now would (`follow`), and policies and values of old positions are searched anew, often (`reanalyze_ratio`).
+    - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
+    - Vectors are standardised; their dynamics adds to the latent state; and EfficientZero's loss holds latent states to
+      the observations that come (`consistency_weight`). Without these the model blurs what an action changes.
+    - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
 
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
