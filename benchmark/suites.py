@@ -251,6 +251,15 @@ DECLARED = (
             Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 5, "--eval-every 2000"),
             Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
             Entry(
+                "without model, 10 updates a step",
+                "mbpo.py",
+                "InvertedPendulum-v5",
+                3_000,
+                5,
+                "--real-ratio 1",
+                baseline=True,
+            ),
+            Entry(
                 "without model, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True
             ),
             Entry("SB3 SAC", SB3, "InvertedPendulum-v5", 6_000, 5, "--algorithm sac", baseline=True),
