@@ -46,7 +46,7 @@ Expect:  Pendulum-v1 swung up: return -130 over 5 episodes after 3,000 steps (me
          -146; a random policy scores about -1,200), and from step 1,000 to 2,000 on above -200 (evaluated every 250
          steps). 9 to 10 minutes a seed on one of 2 busy CPU cores. Without a model it takes 2.2 times the steps with
          one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to 1,500, 5 seeds): on the pendulum
-         many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5: 1000, the most there is, at 2,500
+         many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5: 1000, the maximum, at 2,500
          and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one update a step, 82 to 177 after
          6,000 steps (5 seeds).
 """
