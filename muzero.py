@@ -13,8 +13,8 @@
 """MuZero: search a tree of what could be done, in a model that was learned for nothing else.
 
 A network turns the observation into a latent state; a second one goes from latent state and action to the next latent
-state and the reward; a third gives each latent state a policy and a value. With them a tree search looks ahead, and
-what it finds is better than the policy and value it started from: they are trained to become what the search found.
+state; a third gives each latent state the reward that led there, a policy and a value. With them a tree search looks
+ahead, and what it finds is better than the policy and value it started from: they are trained to become what it found.
 
 The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi by planning with a learned model"):
 
@@ -27,16 +27,18 @@ The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi 
         Train rewards, n-step values and policies towards rewards, returns and visits                (equation 1)
 
 `--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
-the root's actions are sampled without replacement and halved by their value, which improves the policy with any number
-of simulations. Both searches take the same steps as DeepMind's mctx. What differs from the papers:
+at the root some actions are drawn without replacement, and again and again the worse half of them is dropped, which
+improves the policy with any number of simulations. With `--min-range 0` both searches take the same steps as DeepMind's
+mctx. What differs from the papers:
 
     - The value that a search stores is that of the policy which it found. The mean of what came back through the root,
       the papers' choice, also counts the actions that the search tried and dropped.
-    - The returns of old episodes say what came of old policies. Value targets follow them only as far as the policy of
-      now would (`follow`), and policies and values of old positions are searched anew, often (`reanalyze_ratio`).
+    - Value targets use the rewards of an old episode only up to the first action that today's policy would not take any
+      more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
     - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
-    - Vectors are standardised; their dynamics adds to the latent state; and EfficientZero's loss holds latent states to
-      the observations that come (`consistency_weight`). Without these the model blurs what an action changes.
+    - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
+      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
+      these the model blurs what an action changes.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
 
 Run:     python muzero.py
@@ -126,7 +128,7 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     play: str | None = None
-    """Run folder of a board game, to play against its agent in the terminal."""
+    """Run folder of a board game, to play against its agent in the terminal; other options are ignored."""
     eval_env_kwargs: tuple[str, ...] = ()
     """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`."""
     atari: bool = False
@@ -148,11 +150,10 @@ class Args:
     dirichlet_fraction: float = 0.25
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: float = 1.0
-    """puct: actions of self-play are drawn from visits ^ (1 / temperature)."""
+    """puct: actions of self-play are drawn from visits ^ (1 / temperature), always the same (MuZero lowers it)."""
     min_range: float = 0.01
-    """In each node Q is rescaled to [0, 1] by the range that it has there, but at least by this share of the range of
-    the replay's values (their 5th to 95th percentile): with two actions, say, one would always be 0 and the other 1, be
-    the difference ever so small; 0: as in mctx."""
+    """In each node Q is divided by its range there, but by no less than this share of the range of all values in the
+    replay (their 5th to 95th percentile). Without it two Q that are all but equal become 0 and 1; 0: as in mctx."""
 
     learning_starts: int = 500
     """Steps before the first update."""
@@ -167,21 +168,22 @@ class Args:
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
     follow: float = 0.5
-    """A value target follows the rewards that came only up to an action that the search would not take any more, one
-    with less than this share of the best one's probability in the policy that `reanalyze_ratio` keeps up to date. What
-    came of it says little about the policy of now; 0: all n steps (MuZero)."""
+    """A value target's n steps end before the first action whose probability is below this share of the most probable
+    one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
+    they never do (MuZero)."""
     reanalyze_ratio: float = 8.0
-    """Old positions that are searched again, for each environment step: policies and values of the latest network take
-    the place of those of when the position was played (MuZero Reanalyze)."""
+    """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
+    the place of policy and value of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.0
-    """Exponent of the priorities |value - value target|, of the search's value when a position comes in, of the
-    network's when it has been trained on; 0: positions are drawn uniformly (MuZero: 1)."""
+    """Exponent of the priorities |value - value target|, where value is the search's when a position is stored, and the
+    network's after each training on it; 0: positions are drawn uniformly (MuZero: 1)."""
     learning_rate: float = 1e-3
     """Step size of Adam at the beginning."""
-    decay_steps: int = 20_000
-    """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G)."""
+    decay_steps: int = 10_000
+    """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G), and stays at
+    a hundredth. About the steps that learning takes."""
     weight_decay: float = 1e-4
-    """Factor of half the squared weights (MuZero: 1e-4)."""
+    """Factor of half the squared weights in the loss (MuZero: 1e-4)."""
     max_grad_norm: float = 5.0
     """Longest gradient; a longer one is shortened to it."""
     value_weight: float = 1.0
@@ -242,22 +244,12 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20, "support": 2}
 PRESETS: dict[str, dict[str, Any]] = {
-    "TicTacToe-v0": {
-        "total_timesteps": 50_000,
-        "td_steps": 9,
-        "network": "mlp",
-        "eval_every": 5_000,
-        "decay_steps": 50_000,
-    }
-    | {"eval_env_kwargs": ("opponent=9",), "num_simulations": 25, **BOARD_GAME},
-    "KInARow-v0": {
-        "total_timesteps": 500_000,
-        "td_steps": 42,
-        "eval_every": 20_000,
-        "num_simulations": 50,
-        "decay_steps": 500_000,
-    }
-    | {"eval_env_kwargs": ("opponent=4",), **BOARD_GAME},
+    "TicTacToe-v0": BOARD_GAME
+    | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}
+    | {"td_steps": 9, "network": "mlp", "num_simulations": 25},
+    "KInARow-v0": BOARD_GAME
+    | {"total_timesteps": 500_000, "decay_steps": 500_000, "eval_every": 20_000, "eval_env_kwargs": ("opponent=4",)}
+    | {"td_steps": 42, "num_simulations": 50},
 }
 
 
@@ -684,8 +676,9 @@ def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
 
 
 def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
-    """(N, ...), (N, ...) -> (N,): minus the cosine between what is foretold of one latent state's projection and that
-    of the other, which gets no gradient (EfficientZero, section 4.1; the network of Chen & He 2021, SimSiam)."""
+    """(N, ...), (N, ...) -> (N,): minus the cosine between the projection of a real latent state, which gets no
+    gradient, and what is foretold of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
+    without its batch normalisation)."""
 
     def project(latent: Tensor) -> Tensor:
         return dense(parameters, "projection", relu(dense(parameters, "project", latent.flatten(1))))
@@ -700,7 +693,7 @@ def unrolled_loss(
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
     (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode on;
     weight (B,); with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss,
-    the first value predictions (B,), and the losses of each step, (K + 1,).
+    the first value predictions (B,), and the losses of each step: (K + 1,), of rewards and consistency (K,).
 
     Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
     """
@@ -755,10 +748,15 @@ class Replay:
             "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
             "value": np.zeros(capacity, np.float32),  # its value of the root; 0 for the state after a termination
             "legal": np.zeros((capacity, num_actions), bool),
-            "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode
-            "terminated": np.zeros(capacity, bool),  # that is how the episode ended
+            "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode, or part of one
+            "terminated": np.zeros(capacity, bool),  # whether a termination is what ends it
             "priority": np.zeros(capacity),  # 0 for last rows, which are no positions to start from
         }
+
+    @property
+    def used(self) -> int:
+        """Rows that are filled."""
+        return min(self.added, len(self.columns["obs"]))
 
     def add(self, columns: dict[str, Array]) -> None:
         """Appends rows, not more than the capacity."""
@@ -770,8 +768,9 @@ class Replay:
 
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
-        are left, v is the last one: 0 after a termination, the value of the last state after a truncation. With
-        `follow`, n ends before the first action that the policy of now would not take."""
+        are left, v is the last one: 0 after a termination, the value of the last state after a truncation (that of the
+        network, until the state is searched). With `follow`, n ends before the first action that today's policy would
+        not take."""
         columns, capacity = self.columns, len(self.columns["obs"])
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         steps = np.arange(n)[None]
@@ -821,15 +820,15 @@ class Replay:
             batch["next_obs"] = columns["obs"][index[:, 1:]]
         return rows, batch
 
-    def searchable(self, count: int, generator: np.random.Generator) -> Array:
-        """Rows drawn uniformly among those that a search can say something about: all but states after an end."""
-        used = min(self.added, len(self.columns["obs"]))
-        rows = generator.integers(used, size=count)
-        return rows[(self.columns["left"][rows] > 0) | ~self.columns["terminated"][rows]]
+    def searchable(self, count: int, generator: np.random.Generator, masked: bool) -> Array:
+        """Up to `count` rows drawn uniformly, of which a search can say something: no states after an end and, where
+        some actions are not allowed (`masked`), no last rows of a part, where it is not known which."""
+        rows = generator.integers(self.used, size=count)
+        return rows[(self.columns["left"][rows] > 0) | ~(self.columns["terminated"][rows] | masked)]
 
     def state_dict(self) -> dict:
-        used = min(self.added, len(self.columns["obs"]))
-        return {"added": self.added} | {name: torch.from_numpy(column[:used]) for name, column in self.columns.items()}
+        filled = {name: torch.from_numpy(column[: self.used]) for name, column in self.columns.items()}
+        return {"added": self.added} | filled
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
@@ -1007,14 +1006,14 @@ def completed_q(tree: Tree, node: Array) -> Array:
     return np.where(seen, q, mixed)
 
 
-def sigma(tree: Tree, node: Array, maxvisit_init: float = 50, scale: float = 0.1) -> Array:
+def sigma(tree: Tree, node: Array, maxvisit_init: float = 50, value_scale: float = 0.1) -> Array:
     """The completed Q (B, A) of nodes (B,) as what is added to logits (equation 8), rescaled to [0, 1] before, as in
     mctx, from which the constants are."""
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
     rescaled = rescale(tree, completed, low, high)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
-    return (maxvisit_init + visits) * scale * rescaled
+    return (maxvisit_init + visits) * value_scale * rescaled
 
 
 def gumbel_search(
@@ -1078,7 +1077,7 @@ class Agent:
             raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
         self.obs_shape = shape if convolutional else (math.prod(shape),)
         # Numbers of a vector can be of any size; those of boards, and one-hot ones, are what they should be.
-        self.standardises = observation_space.shape == self.obs_shape and dtype == np.float32
+        self.standardises = len(observation_space.shape) == 1 and dtype == np.float32
         self.mean, self.std = np.zeros(self.obs_shape, np.float32), np.ones(self.obs_shape, np.float32)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
@@ -1093,7 +1092,8 @@ class Agent:
         # Of each environment: what the search found for the present state, and the steps of the episode so far.
         self.found: list[tuple[Array, float, Array]] = []
         self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
-        self.steps, self.updates, self.searched_again, self.value_range, self.logs, self.losses = 0, 0, 0, 0.0, {}, {}
+        self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
+        self.value_range, self.measured, self.masked = 0.0, 0, False
 
     def row(self, obs: Any) -> Array:
         """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
@@ -1131,7 +1131,7 @@ class Agent:
         policies found (B, A), actions (B,), values (B,) and the trees.
 
         The values are those of the policies found. The mean of what came back through the root would be lower: a search
-        tries actions of which it finds that they are bad, `gumbel` as often as the others.
+        also tries actions of which it finds that they are bad.
         """
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
@@ -1157,6 +1157,7 @@ class Agent:
     def legal(self, info: dict | None) -> Array:
         """(A,): what `info["action_mask"]` allows, everything where there is none."""
         mask = (info or {}).get("action_mask")
+        self.masked = self.masked or mask is not None
         return np.ones(self.num_actions, bool) if mask is None else np.asarray(mask, bool)
 
     def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
@@ -1221,16 +1222,24 @@ class Agent:
         capacity = len(self.replay.columns["obs"])
         rows = (self.replay.added + np.arange(length)) % capacity
         self.replay.add(columns)
-        seen = {name: self.replay.columns[name][: self.replay.added] for name in ("obs", "value")}
-        low, high = np.quantile(seen["value"], (0.05, 0.95))
-        self.value_range = float(high - low)
-        if self.standardises:
-            self.mean, self.std = seen["obs"].mean(0), np.maximum(seen["obs"].std(0), 1e-6)
+        if self.replay.added >= 1.01 * self.measured:
+            self.measure()
         error = np.abs(self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
         self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
         if terminated:  # what came in the end is known: how well did the search foresee it?
-            came = self.replay.n_step_returns(rows, length, args.gamma)
+            came, following = np.empty(length), 0.0
+            for t in reversed(range(length)):
+                came[t] = following = reward[t] + args.gamma * following
             self.logs["planner/value_error"] = float(np.abs(came - value).mean())
+
+    def measure(self) -> None:
+        """The range of values in the replay, and mean and deviation of vectors; anew when it has got 1 % more rows."""
+        columns, used = self.replay.columns, self.replay.used
+        low, high = np.quantile(columns["value"][:used], (0.05, 0.95))
+        self.value_range, self.measured = float(high - low), self.replay.added
+        if self.standardises:
+            mean, std = (reduce(columns["obs"][:used], axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
+            self.mean, self.std = mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
 
     def update(self) -> None:
         """Searches old positions again and makes updates, as many as the steps so far allow."""
@@ -1245,7 +1254,7 @@ class Agent:
             batch |= {name: self.unit(batch[name]) for name in ("obs", "next_obs") if name in batch}
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
             loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, args.value_weight, consistency)
-            self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** (self.steps / args.decay_steps)
+            self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** min(self.steps / args.decay_steps, 2)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters.parameters(), args.max_grad_norm)
@@ -1258,14 +1267,14 @@ class Agent:
         """Replaces policies and values of old positions by those that a search finds now (Schrittwieser et al. 2021,
         "Online and offline reinforcement learning by planning with a learned model", with the latest network instead of
         a slower one)."""
-        columns, rows = self.replay.columns, self.replay.searchable(count, self.rng)
+        columns, rows = self.replay.columns, self.replay.searchable(count, self.rng, self.masked)
         self.searched_again += count
         if len(rows):
             policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], None)
             columns["policy"][rows], columns["value"][rows] = policy, value
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode: a search without noise."""
+        """A policy (observation, info -> action) for one episode: a search without noise, which needs no seed."""
 
         def policy(obs: Any, info: dict | None = None) -> int:
             action = self.plan(self.row(obs)[None], self.legal(info)[None], None)[1]
@@ -1312,7 +1321,8 @@ class Agent:
                 [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
             ],
             "scale": [torch.from_numpy(self.mean), torch.from_numpy(self.std)],
-            "counts": [self.steps, self.updates, self.searched_again, self.value_range],
+            "counts": [self.steps, self.updates, self.searched_again],
+            "measured": [self.value_range, self.measured, self.masked],
             "logs": self.logs,
         }
 
@@ -1326,7 +1336,8 @@ class Agent:
         ]
         self.parts = [list(zip(*part, strict=True)) for part in columns]
         self.mean, self.std = (part.numpy() for part in state["scale"])
-        (self.steps, self.updates, self.searched_again, self.value_range), self.logs = state["counts"], state["logs"]
+        (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
+        self.value_range, self.measured, self.masked = state["measured"]
 
 
 def find_device(name: str) -> torch.device:
@@ -1602,6 +1613,8 @@ def play(folder: str) -> dict:
         agent.load_state_dict(read_checkpoint(Path(folder) / CHECKPOINT)["agent"])
     except Exception as error:
         raise Failure(f"cannot read the agent of {folder}: {type(error).__name__}: {error}") from error
+    if env.unwrapped.opponent is not None:
+        raise Failure(f"{folder} was trained against an opponent in --env-kwargs; --play is for self-play")
     policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
     for game in itertools.count():
         (obs, info), done = env.reset(), False

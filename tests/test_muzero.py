@@ -557,8 +557,13 @@ def test_vectors_are_standardised_by_the_replay_and_nothing_else_is():
     found = agent.unit(rows)
     np.testing.assert_allclose(found, (rows - rows.mean(0)) / rows.std(0), rtol=1e-3)
     assert agent.unit(np.array([[9.0, -300.0]], np.float32))[0, 0] == 10  # far out is cut
-    for space, obs in ((gym.spaces.Discrete(3), 1), (gym.spaces.Box(0, 1, (3, 3, 2)), np.ones((3, 3, 2)))):
-        agent = muzero.Agent(space, gym.spaces.Discrete(2), small_args(network="mlp", learning_starts=10**6))
+    board = gym.spaces.Box(0, 1, (3, 3, 2))
+    for space, obs, network in (
+        (gym.spaces.Discrete(3), 1, "mlp"),
+        (board, np.ones((3, 3, 2)), "mlp"),
+        (board, np.ones((3, 3, 2)), "conv"),
+    ):
+        agent = muzero.Agent(space, gym.spaces.Discrete(2), small_args(network=network, learning_starts=10**6))
         for t in range(5):
             agent.act(obs)
             agent.observe(obs, 0, 1.0, obs, t == 4)
@@ -591,6 +596,29 @@ def test_reanalyze_puts_in_what_a_search_finds_now_and_leaves_ends_alone():
     assert (np.abs(columns["value"][rows] - before["value"][rows]) > 1e-3).mean() > 0.9
     for name in ("obs", "action", "reward", "left", "priority", "legal"):
         np.testing.assert_array_equal(columns[name][:used], before[name])
+
+
+def test_value_error_is_against_the_rewards_that_came():
+    args = small_args(gamma=0.5, follow=1.0, learning_starts=10**6)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), args)
+    values = []
+    for t, reward in enumerate((1.0, 2.0, 4.0)):
+        agent.act(np.zeros(2))
+        _, value, legal = agent.found[0]
+        values.append(value)
+        agent.found[0] = (np.array([1.0, 0.0]), value, legal)  # today's policy takes none of these actions
+        agent.observe(np.zeros(2), 1, reward, np.zeros(2), t == 2)
+    wanted = np.abs(np.array([1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 4]) - values).mean()
+    assert agent.logs["planner/value_error"] == pytest.approx(wanted)
+
+
+def test_last_rows_are_not_searched_where_it_is_not_known_what_is_allowed():
+    replay = Replay((1,), np.float32, 2, 20)
+    replay.add(episode_rows(3, 0.0, False))
+    replay.add(episode_rows(3, 0.0, True))
+    rng = np.random.default_rng(0)
+    assert set(replay.searchable(500, rng, masked=False)) == {0, 1, 2, 3, 4, 5, 6}
+    assert set(replay.searchable(500, rng, masked=True)) == {0, 1, 2, 4, 5, 6}
 
 
 # --- board games ------------------------------------------------------------------------------------------------------
@@ -729,6 +757,15 @@ def test_play_in_the_terminal(tmp_path):
     refused = start("muzero", "--play", only_run(tmp_path / "cart"))
     assert refused.returncode == 2
     assert "board games" in refused.stderr
+
+
+def test_a_run_against_an_opponent_cannot_be_played_against(tmp_path):
+    arguments = "--env-id TicTacToe-v0 --total-timesteps 60 --gamma 0.9 --env-kwargs opponent=1 --learning-starts 50"
+    arguments += " --num-simulations 2 --hidden-size 4 --latent-size 4 --eval-episodes 1"
+    assert start("muzero", *arguments.split(), "--run-dir", str(tmp_path)).returncode == 0
+    refused = start("muzero", "--play", str(only_run(tmp_path)))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "trained against an opponent" in refused.stderr
 
 
 def test_actions_that_are_not_allowed_get_neither_noise_nor_visits_nor_policy():
