@@ -14,8 +14,8 @@
 
 A recurrent network keeps a state of the world: a deterministic part that remembers, and categorical samples for what
 cannot be foreseen. It learns to foretell the samples that each new observation leads to, and to tell from the state the
-observation, the reward and whether the episode goes on. From every state it has seen it imagines some steps; an actor
-and a critic learn from these alone, and from how the real rewards went on.
+observation, the reward and whether the episode goes on. From every state it has seen it imagines some steps. From these
+an actor and a critic learn; the critic also from the rewards that really came.
 
 The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through world models"):
 
@@ -28,9 +28,10 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor (eq. 8 and 9)
             Store the states that were inferred
 
-Names and details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: one
-layer, not several, gives all numbers of an observation, one-hot choices among them, and both mean and deviation of the
-actor; pictures are halved down to 4 x 4 whatever their size; evaluation takes the most likely action and does not draw.
+Details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: one layer,
+not several, gives all numbers of an observation and both mean and deviation of the actor; one-hot choices in an
+observation are fitted by squared error, too; pictures are halved down to 4 x 4 whatever their size; evaluation takes
+the most likely action and does not draw.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --train-ratio 512 --learning-rate 4e-5     (with a GPU)
@@ -116,9 +117,9 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     atari: bool = False
-    """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
+    """The usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures."""
     image_size: int = 64
-    """Side to which pictures are resized; 0: they stay as they are."""
+    """Side to which pictures (a Box of uint8 with 2 or 3 dimensions) are resized; 0: they stay as they are."""
 
     num_envs: int = 4
     """Environments that are played side by side."""
@@ -137,7 +138,8 @@ class Args:
     replay_size: int = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
     replay_on_disk: bool = False
-    """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints."""
+    """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints; the latent
+    states stay in both."""
     learning_rate: float = 2e-4
     """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
     warmup: int = 200
@@ -340,7 +342,7 @@ def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     same = below == above
     total = torch.where(same, 2.0, to_below + to_above)
     weights = torch.where(same, 1.0, to_above) / total, torch.where(same, 1.0, to_below) / total
-    log_prob = logits.log_softmax(-1)
+    log_prob = logits.float().log_softmax(-1)
     return -sum(
         weight * log_prob.gather(-1, index[..., None]).squeeze(-1)
         for weight, index in zip(weights, (below, above), strict=True)
@@ -349,13 +351,13 @@ def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
 
 def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Expectation (...). Bins of the same size cancel before the sum does, so that equal logits give exactly 0."""
-    weighted, middle = logits.softmax(-1) * bins, len(bins) // 2
+    weighted, middle = logits.float().softmax(-1) * bins, len(bins) // 2
     return (weighted[..., :middle] + weighted[..., middle + 1 :].flip(-1)).sum(-1) + weighted[..., middle]
 
 
 def unimix(logits: Tensor, share: float = 0.01) -> Tensor:
     """Log-probabilities of a mixture with 1 % of the uniform distribution, so that none is ever 0."""
-    return ((1 - share) * logits.softmax(-1) + share / logits.shape[-1]).log()
+    return ((1 - share) * logits.float().softmax(-1) + share / logits.shape[-1]).log()
 
 
 def sample_onehot(log_prob: Tensor, generator: torch.Generator) -> Tensor:
@@ -367,7 +369,7 @@ def sample_onehot(log_prob: Tensor, generator: torch.Generator) -> Tensor:
 def straight_through(sample: Tensor, log_prob: Tensor) -> Tensor:
     """The sample, with the gradient of the probabilities."""
     prob = log_prob.exp()
-    return sample + prob - prob.detach()
+    return sample + (prob - prob.detach())
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -724,7 +726,7 @@ class Policy(NamedTuple):
 def make_policy(found: Tensor, discrete: bool) -> Policy:
     """The distribution from what the actor's network gives."""
     if discrete:
-        return Policy(found.float().log_softmax(-1))
+        return Policy(unimix(found))
     mean, std = found.float().chunk(2, dim=-1)
     return Policy(None, mean.tanh(), 0.9 * (std + 2).sigmoid() + 0.1)
 
@@ -1036,8 +1038,9 @@ class Agent:
         self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
         if args.compile:
             self.nets.rssm.core = torch.compile(self.nets.rssm.core)
-        rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # the first for its latent state alone
-        # What two checkpoints need, and a row more for each episode that ends.
+        # Of the first step of a sequence only the latent state and the action are used.
+        rows, length = args.replay_size // args.num_envs, args.batch_length + 1
+        # What is added between two checkpoints, twice: a row a step, and one more for each episode that ends.
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
         self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
         self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
@@ -1082,7 +1085,7 @@ class Agent:
         if self.shapes.discrete:
             return int(space.start) + int(action.argmax())
         share = (action.cpu().numpy().reshape(space.shape).clip(-1, 1) + 1) / 2
-        return (space.low + share * (space.high - space.low)).astype(space.dtype)
+        return ((1 - share) * space.low + share * space.high).astype(space.dtype)
 
     def observe(
         self,
@@ -1120,7 +1123,8 @@ class Agent:
         (stream, at), rows = self.replay.sample(args.batch_size, self.rng)
         batch, start = self.aligned(rows)
         settings = self.percentiles, self.generator, args.imagination_horizon, 1 - 1 / args.horizon
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+        # Without its cache: that would keep what was cast without a gradient, in the imagination.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             losses, latent, logs = dreamer_loss(self.nets, self.slow_critic, batch, start, *settings)
             loss = sum(LOSS_SCALES.get(name, 1.0) * part for name, part in losses.items())
         self.optimizer.zero_grad()
@@ -1130,7 +1134,8 @@ class Agent:
             for slow, parameter in zip(self.slow_critic.parameters(), self.nets.critic.parameters(), strict=True):
                 slow.lerp_(parameter, 0.02)
         self.replay.refresh((stream, at[:, 1:]), latent.deter.cpu().numpy(), latent.stoch.argmax(-1).cpu().numpy())
-        self.losses = logs | {f"losses/{name}": part.detach() for name, part in losses.items()}
+        logs |= {f"losses/{name}": part for name, part in losses.items()}
+        self.losses = {name: part.detach() for name, part in logs.items()}
         self.updates += 1
 
     def aligned(self, rows: dict[str, Array]) -> tuple[dict[str, Tensor], Latent]:
@@ -1226,7 +1231,7 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        for name in ("nets", "slow_critic", "optimizer", "replay"):
+        for name in ("nets", "slow_critic", "optimizer", *(() if self.args.evaluate else ("replay",))):
             getattr(self, name).load_state_dict(state[name])
         self.percentiles.low, self.percentiles.high = (part.to(self.device) for part in state["percentiles"])
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh

@@ -90,7 +90,9 @@ def test_golden_returns_and_losses(golden):
         assert percentiles.update(tensor(values)).item() == pytest.approx(scale, rel=1e-5)
         assert percentiles.low.item() == pytest.approx(offset, rel=1e-5)
     arrays = golden["arrays"]
-    policy, action = dreamer.make_policy(arrays["policy_logits"], True), F.one_hot(arrays["act"].long(), 3).float()
+    # These are of a policy without the 1 % of uniform, which the authors' configuration adds.
+    policy = dreamer.Policy(arrays["policy_logits"].log_softmax(-1))
+    action = F.one_hot(arrays["act"].long(), 3).float()
     log_density, entropy = policy.log_density(action)[:, :-1], policy.entropy()[:, :-1]
     settings = arrays["vl"], arrays["sl"], BINS, Percentiles(CPU)
     losses = dreamer.imagination_loss(arrays["rew"], arrays["con"], log_density, entropy, *settings)
@@ -108,6 +110,11 @@ def test_golden_optimizer(golden):
         optimizer.step()
         torch.testing.assert_close(weight.data, tensor(wanted["w"]), rtol=0, atol=1e-5)
         torch.testing.assert_close(bias.data, tensor(wanted["b"]), rtol=0, atol=1e-5)
+
+
+def test_a_discrete_policy_never_rules_an_action_out():
+    found = dreamer.make_policy(tensor([[30, 0, -30]]), True).log_prob.exp()
+    torch.testing.assert_close(found, tensor([[0.99 + 0.01 / 3, 0.01 / 3, 0.01 / 3]]))
 
 
 def test_numbers_of_parameters():
@@ -484,10 +491,13 @@ def test_refreshed_states_are_found_again():
 def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
     agent = small_agent(num_envs=1, batch_size=1, batch_length=4)
     steps_of(agent, 5, ())
-    before = agent.replay.deter[0].copy()
+    stored = agent.replay.deter[0].copy()
+    agent.replay.deter[0, 1:] = 7.0
     agent.update_once()
-    changed = (agent.replay.deter[0] != before).any(1).nonzero()[0].tolist()
-    assert changed == [1, 2, 3, 4]
+    assert (agent.replay.deter[0] != 7).all(1).nonzero()[0].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(agent.replay.deter[0, 0], stored[0])
+    # The networks of then are those of now: what follows the state that was stored is what followed it then.
+    np.testing.assert_allclose(agent.replay.deter[0, 1], stored[1], rtol=1e-5)
 
 
 def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
