@@ -389,8 +389,8 @@ def lambda_return(last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, disc: f
 
 class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al. 2020) behind adaptive gradient clipping (Brock et al. 2021): the gradient of each tensor is
-    not longer than `agc` times the tensor; it is divided by its root mean square, then averaged. The step size rises
-    linearly from 0 during `warmup` updates."""
+    not longer than `agc` times the tensor (a length of 1e-3 at least); it is divided by its root mean square,
+    then averaged. The step size rises linearly from 0 during `warmup` updates."""
 
     def __init__(
         self,
@@ -416,9 +416,9 @@ class LaProp(torch.optim.Optimizer):
         parameters, done = group["params"], group["step"]
         gradients = [parameter.grad for parameter in parameters]
         nu, mu = ([self.state[parameter][name] for parameter in parameters] for name in ("nu", "mu"))
-        long = torch.stack(torch._foreach_norm(gradients))
-        most = self.agc * torch.stack(torch._foreach_norm(parameters)).clamp(min=1e-3)
-        gradients = torch._foreach_mul(gradients, list((1 / (long / most).clamp(min=1)).unbind()))
+        norm = torch.stack(torch._foreach_norm(gradients))
+        limit = self.agc * torch.stack(torch._foreach_norm(parameters)).clamp(min=1e-3)
+        gradients = torch._foreach_mul(gradients, list((1 / (norm / limit).clamp(min=1)).unbind()))
 
         group["step"] = done + 1
         torch._foreach_mul_(nu, self.beta2)
@@ -483,7 +483,7 @@ class Norm(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """A linear layer of `blocks` blocks that do not see each other: (..., in) -> (..., out)."""
+    """A linear layer of `blocks` blocks that do not see each other."""
 
     def __init__(self, fan_in: int, fan_out: int, blocks: int, generator: torch.Generator):
         super().__init__()
@@ -1018,9 +1018,10 @@ def draw_curves(truth: Array, foretold: Array, half: int, height: int = 48, widt
 class Agent:
     """World model, actor, critic and replay: `act` follows the latent state, `observe` stores, `update` trains.
 
-    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
-    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`. Stored
-    is the action that the agent chose. With a `folder`, the replay keeps its observations there.
+    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args(num_envs=1))`, then
+    for every step `act`, `env.step`, `observe`, `update`. Environments side by side, each with its share of the replay:
+    `act_many`, and `observe` with `env`. Stored are the observation and the action of the last `act`; an episode that
+    is broken off is `truncated`. With a `folder`, the replay keeps its observations there.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args, folder: Path | None = None):
@@ -1044,8 +1045,10 @@ class Agent:
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
         self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
         self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
+        # Of each environment: whether an episode begins, whether one did at the last `act`, the reward that came with
+        # the present observation, and that observation.
         self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
-        self.rewards, self.seen = [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
+        self.was_first, self.rewards, self.seen = self.first, [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
         self.steps, self.updates, self.logs, self.losses = 0, 0, {}, {}
 
     def zero_action(self, count: int) -> Tensor:
@@ -1072,7 +1075,7 @@ class Agent:
         self.action = policy.sample(self.generator)
         if not self.shapes.discrete:
             self.action = self.action.clamp(-1, 1)
-        self.chose_at_first, self.first = self.first[now], torch.zeros_like(self.first[now])
+        self.was_first, self.first = self.first[now], torch.zeros_like(self.first[now])
         return [self.to_env(action) for action in self.action]
 
     def act(self, obs: Any, info: dict | None = None) -> Any:
@@ -1099,7 +1102,7 @@ class Agent:
     ) -> None:
         """Stores one step of an environment, and the last observation where an episode ends."""
         deter, stoch = self.latent.deter[env].cpu().numpy(), self.latent.stoch[env].argmax(-1).cpu().numpy()
-        flags = {"is_first": bool(self.chose_at_first[env]), "is_last": False, "is_terminal": False}
+        flags = {"is_first": bool(self.was_first[env]), "is_last": False, "is_terminal": False}
         row = self.seen[env] | flags | {"action": self.action[env].cpu().numpy(), "reward": self.rewards[env]}
         self.replay.add(env, deter, stoch, **row)
         self.steps, self.rewards[env] = self.steps + 1, float(reward)
@@ -1148,8 +1151,9 @@ class Agent:
 
     @torch.no_grad()
     def foretell(self) -> tuple[Array, Array, int]:
-        """A sequence of the replay, of which the model sees the first part and foretells the rest: what was, what the
-        model has in mind, and the length of that part; pictures (T, height, width, channels), or else (T, numbers)."""
+        """A sequence of the replay, of which the model sees the first half and foretells the rest, without being told
+        where an episode begins: what was, what the model has in mind, and how many steps it saw. Pictures (T, height,
+        width, channels), or else numbers (T, V)."""
         _, rows = self.replay.sample(1, np.random.default_rng(self.updates), serve=False)
         (batch, state), generator = self.aligned(rows), torch.Generator(self.device).manual_seed(self.updates)
         half, reset, tokens = self.args.batch_length // 2, batch["is_first"], self.nets.encoder(batch)

@@ -406,13 +406,8 @@ class KInARow(gym.Env):
         opponent: int | None = None,
         render_mode: str | None = None,
     ):
-        self.rows, self.columns, self.gravity, self.opponent, self.render_mode = (
-            rows,
-            columns,
-            gravity,
-            opponent,
-            render_mode,
-        )
+        self.rows, self.columns, self.gravity = rows, columns, gravity
+        self.opponent, self.render_mode = opponent, render_mode
         self.observation_space = gym.spaces.Box(0.0, 1.0, (rows, columns, 2), np.float32)
         self.action_space = gym.spaces.Discrete(columns if gravity else rows * columns)
         # The stones of a player are the bits of a number, and a row of k is such a number too.
@@ -420,11 +415,12 @@ class KInARow(gym.Env):
         for row, column, (down, right) in itertools.product(
             range(rows), range(columns), ((0, 1), (1, 0), (1, 1), (1, -1))
         ):
-            fields = [(row + step * down, column + step * right) for step in range(k)]
-            if all(0 <= i < rows and 0 <= j < columns for i, j in fields):
-                for i, j in fields:
-                    self.lines[i * columns + j].append(sum(1 << (i * columns + j) for i, j in fields))
-        self.foresee = lru_cache(maxsize=2**18)(self.foresee)
+            places = [(row + index * down, column + index * right) for index in range(k)]
+            if all(0 <= i < rows and 0 <= j < columns for i, j in places):
+                fields = [i * columns + j for i, j in places]
+                for field in fields:
+                    self.lines[field].append(sum(1 << other for other in fields))
+        self.foresee = lru_cache(maxsize=2**18)(self.foresee)  # which calls itself by this name
 
     def field(self, taken: int, action: int) -> int | None:
         """Where the stone of an action comes to lie; None: it is not allowed."""
@@ -557,11 +553,14 @@ def expectation(logits: Values) -> Values:
     return unscale(softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins))
 
 
+HEADS = ("reward", "value", "policy")  # in the order in which `predict` gives their logits
+
+
 class Net(NamedTuple):
     """The functions of a network, of which the parameters are the first argument."""
 
     represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
-    step: Callable[..., Values]  # latents, actions (B,) -> the next latents
+    dynamics: Callable[..., Values]  # latents, actions (B,) -> the next latents
     predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
 
 
@@ -573,11 +572,11 @@ def make_network(
     hidden, bins, channels = args.hidden_size, 2 * args.support + 1, args.channels
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net, planes = Net(represent, step, predict), args.latent_size
+        net, planes = Net(represent, dynamics, predict), args.latent_size
         shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
         shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
     else:
-        net, (height, width, planes) = Net(represent_image, step_image, predict_image), obs_shape
+        net, (height, width, planes) = Net(represent_image, dynamics_image, predict_image), obs_shape
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
             height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
@@ -605,9 +604,6 @@ def make_network(
     return net, parameters
 
 
-HEADS = ("reward", "value", "policy")
-
-
 def dense(parameters: Parameters, name: str, x: Values) -> Values:
     return x @ parameters[f"{name}_weight"] + parameters[f"{name}_bias"]
 
@@ -628,8 +624,8 @@ def represent(parameters: Parameters, obs: Values) -> Values:
     return bounded(dense(parameters, "latent", relu(dense(parameters, "represent", obs))))
 
 
-def step(parameters: Parameters, latent: Values, action: Values) -> Values:
-    """latent (B, L), action (B,) -> the next latent (B, L)."""
+def dynamics(parameters: Parameters, latent: Values, action: Values) -> Values:
+    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`."""
     # The rows of the weights behind the latent's are what a one-hot action selects.
     weight, size = parameters["step_weight"], latent.shape[-1]
     hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
@@ -660,7 +656,7 @@ def represent_image(parameters: Parameters, obs: Tensor) -> Tensor:
     return bounded(residual(parameters, "latent", F.relu(convolve(parameters, "represent", x))))
 
 
-def step_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Tensor:
+def dynamics_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Tensor:
     """latent (B, channels, h, w), action (B,) -> the next latent."""
     hidden = F.relu(convolve(parameters, "step", latent) + parameters["step_action"][action])
     return bounded(residual(parameters, "next_latent", hidden))
@@ -701,7 +697,7 @@ def unrolled_loss(
     latents = [net.represent(parameters, batch["obs"])]
     for index in range(steps):
         latent = latents[-1]
-        latents.append(net.step(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
+        latents.append(net.dynamics(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
     logits = net.predict(parameters, torch.stack(latents, dim=1).flatten(0, 1))
     reward_logits, value_logits, policy_logits = (part.view(count, steps + 1, -1) for part in logits)
     share = torch.full((1, steps + 1), 1 / max(steps, 1), device=value_logits.device)
@@ -1089,7 +1085,8 @@ class Agent:
         self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
         self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.buffer_size, args.follow)
-        # Of each environment: what the search found for the present state, and the steps of the episode so far.
+        # Of each environment: policy, value and legal actions of the search in the present state, and the steps of the
+        # present part of an episode.
         self.found: list[tuple[Array, float, Array]] = []
         self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
         self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
@@ -1115,7 +1112,7 @@ class Agent:
             found = function(self.view, *(torch.from_numpy(array).to(self.device) for array in arrays))
             return [part.cpu().numpy() for part in found] if isinstance(found, list) else found.cpu().numpy()
 
-    def evaluate(self, latent: Array) -> tuple[Array, Array, Array]:
+    def heads(self, latent: Array) -> tuple[Array, Array, Array]:
         """latent (B, ...) -> rewards (B,), policy logits (B, A), values (B,)."""
         reward, value, policy = self.infer(self.net.predict, latent)
         reward, value = expectation(np.stack([reward, value]))
@@ -1123,8 +1120,8 @@ class Agent:
 
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
         """What the search asks of the model."""
-        latent = self.infer(self.net.step, latent, action)
-        return latent, *self.evaluate(latent)
+        latent = self.infer(self.net.dynamics, latent, action)
+        return latent, *self.heads(latent)
 
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
@@ -1136,7 +1133,7 @@ class Agent:
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
         min_range = args.min_range * self.value_range
-        tree = Tree(latent, *self.evaluate(latent)[1:], legal, args.num_simulations, min_range)
+        tree = Tree(latent, *self.heads(latent)[1:], legal, args.num_simulations, min_range)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
@@ -1207,7 +1204,7 @@ class Agent:
         obs, action, reward, policy, value, legal = (np.array(column) for column in zip(*part, strict=True))
         last_value = 0.0
         if not terminated:
-            last_value = self.evaluate(self.infer(self.net.represent, self.unit(last[None])))[2][0]
+            last_value = self.heads(self.infer(self.net.represent, self.unit(last[None])))[2][0]
         columns = {
             "obs": np.concatenate([obs, last[None]]),
             "action": np.append(action, 0),

@@ -33,7 +33,7 @@ def make_agent(obs_size: int, actions: int, discount: float) -> muzero.Agent:
 def our_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
     """Both searches from the states of these observations."""
     latent = agent.infer(agent.net.represent, obs)
-    _, logits, value = agent.evaluate(latent)
+    _, logits, value = agent.heads(latent)
     legal, discount = np.ones(logits.shape, bool), agent.args.gamma
     gumbel = agent.rng.gumbel(size=legal.shape)
 
@@ -68,7 +68,7 @@ def mctx_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
     def recurrent(_: None, key: jax.Array, action: jax.Array, latent: jax.Array) -> tuple:
         weight, size = weights["step_weight"], latent.shape[-1]
         hidden = jax.nn.relu(latent @ weight[:size] + weight[size:][action] + weights["step_bias"])
-        latent = dense("next_latent", hidden)
+        latent = latent + dense("next_latent", hidden)
         low, high = latent.min(-1, keepdims=True), latent.max(-1, keepdims=True)
         latent = (latent - low) / jnp.maximum(high - low, 1e-5)
         reward, value, policy = (dense(name, jax.nn.relu(dense(f"{name}_hidden", latent))) for name in muzero.HEADS)
@@ -77,7 +77,7 @@ def mctx_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
         return mctx.RecurrentFnOutput(**parts), latent
 
     latent = agent.infer(agent.net.represent, obs)
-    _, logits, value = agent.evaluate(latent)
+    _, logits, value = agent.heads(latent)
     root = mctx.RootFnOutput(prior_logits=jnp.asarray(logits), value=jnp.asarray(value), embedding=jnp.asarray(latent))
     common, key = {"recurrent_fn": recurrent, "num_simulations": SIMULATIONS}, jax.random.PRNGKey(0)
     puct = jax.jit(lambda key: mctx.muzero_policy(None, key, root, dirichlet_fraction=0.0, **common).action_weights)

@@ -329,7 +329,7 @@ def test_network_is_that_of_plain_layers_for_tensors_and_arrays():
     following = plain_bounded(latent + plain_layers(parameters, "step", "next_latent")(joined))
     for weights, kind in ((parameters, lambda x: x), (view, lambda x: x.numpy())):
         first = muzero.represent(weights, kind(obs))
-        second = muzero.step(weights, first, kind(action))
+        second = muzero.dynamics(weights, first, kind(action))
         for got, wanted in ((first, latent), (second, following)):
             np.testing.assert_allclose(np.asarray(torch.as_tensor(got).detach()), wanted.detach(), atol=1e-5)
         for name, logits in zip(("reward", "value", "policy"), muzero.predict(weights, second), strict=True):
@@ -366,7 +366,7 @@ def test_gradient_is_halved_where_a_latent_state_enters_the_dynamics_and_nowhere
         latent, parts = muzero.represent(network, obs), []
         for index in range(3):
             if index:
-                latent = muzero.step(network, latent, action[:, index - 1])
+                latent = muzero.dynamics(network, latent, action[:, index - 1])
             reward, value, policy = (logits.log_softmax(-1) for logits in muzero.predict(network, latent))
             part = -0.25 * (two_hot(batch["value"][:, index], 5) * value).sum(-1) - (0.5 * policy).sum(-1)
             if index:
@@ -482,9 +482,9 @@ def test_convolutional_network_is_that_of_plain_layers():
     torch.testing.assert_close(net.represent(parameters, obs), latent)
     hidden = (conv("step", latent) + parameters["step_action"][action]).relu()
     following = plain_bounded(block("next_latent", hidden).flatten(1)).view(2, 3, 8, 7)
-    torch.testing.assert_close(net.step(parameters, latent, action), following)
+    torch.testing.assert_close(net.dynamics(parameters, latent, action), following)
     assert [tuple(logits.shape) for logits in net.predict(parameters, following)] == [(2, 11), (2, 11), (2, 4)]
-    assert not torch.allclose(*net.step(parameters, latent[:1].expand(2, -1, -1, -1), action))
+    assert not torch.allclose(*net.dynamics(parameters, latent[:1].expand(2, -1, -1, -1), action))
 
 
 class Bright(gym.Env):
