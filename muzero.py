@@ -44,8 +44,8 @@ mctx. What differs from the papers:
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
          python muzero.py --help
-Expect:  In the making. Of two seeds of CartPole-v1 that were tried for 8,000 steps, one returned 500 from 3,000 steps
-         on, the other went up and down between 359 and 500.
+Expect:  In the making. CartPole-v1, one seed: return 204 at 5,000 steps and 500 from 6,000 to 10,000 (5 episodes every
+         1,000 steps), 9 minutes on one of 2 busy CPU cores.
 """
 
 import argparse

@@ -791,3 +791,9 @@ def test_a_low_temperature_takes_the_most_visited_action():
     for _ in range(20):
         policy, action, _, _ = agent.plan(agent.row(obs)[None], np.ones((1, 2), bool), agent.rng)
         assert action[0] == policy[0].argmax()
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
+    assert muzero.train(muzero.Args(run_dir=str(tmp_path)))["eval_return_mean"] >= 475
