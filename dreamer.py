@@ -37,7 +37,7 @@ Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --train-ratio 512 --learning-rate 4e-5     (with a GPU)
          python dreamer.py --help
 Expect:  In the making. CartPole-v1, one seed: return 412, 277, 250, 491, 254, 344, 232, 458 at 5,000, 6,000, ... 12,000
-         steps (5 episodes each), while most of the training episodes returned 500; 21 minutes on one of 2 busy CPU cores.
+         steps (5 episodes each), while most training episodes returned 500; 21 minutes on one of 2 busy CPU cores.
 """
 
 import argparse
