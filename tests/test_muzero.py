@@ -612,6 +612,15 @@ def test_value_error_is_against_the_rewards_that_came():
     assert agent.logs["planner/value_error"] == pytest.approx(wanted)
 
 
+def test_the_range_of_values_does_not_shrink_where_most_are_alike():
+    """Else the noise of a good agent's values would be stretched to the whole of [0, 1]."""
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args(learning_starts=10**6))
+    agent.replay.added = 100
+    agent.replay.columns["value"][:100] = [3.0, *[75.0] * 99]
+    agent.measure()
+    assert agent.value_range == 72
+
+
 def test_last_rows_are_not_searched_where_it_is_not_known_what_is_allowed():
     replay = Replay((1,), np.float32, 2, 20)
     replay.add(episode_rows(3, 0.0, False))
