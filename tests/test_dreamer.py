@@ -500,6 +500,24 @@ def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
     np.testing.assert_allclose(agent.replay.deter[0, 1], stored[1], rtol=1e-5)
 
 
+def test_an_evaluation_needs_no_room_for_the_replay():
+    settings = {"num_envs": 1, "batch_length": 4, "replay_size": 20, "replay_on_disk": True}
+    agent = small_agent(**settings, checkpoint_every=50)
+    steps_of(agent, 100, ())
+    state = agent.state_dict()
+    small_agent(**settings, checkpoint_every=5, evaluate="a run").load_state_dict(state)
+
+
+def test_actions_do_not_exceed_their_bounds_by_a_rounding_error():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        low, high = rng.uniform(-1, 0, 4).astype(np.float32), rng.uniform(0, 3, 4).astype(np.float32)
+        space = gym.spaces.Box(low, high)
+        agent = dreamer.Agent.__new__(dreamer.Agent)  # the networks play no part
+        agent.action_space, agent.shapes = space, Shapes(4, None, 4, False)
+        assert all(space.contains(agent.to_env(torch.full((4,), share))) for share in (-1.0, 1.0, 2.0))
+
+
 def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
     first, second = filled(steps=50, spare=5), filled(steps=50, spare=5, folder=tmp_path)
     for seed in range(3):

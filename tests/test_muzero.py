@@ -621,6 +621,26 @@ def test_the_range_of_values_does_not_shrink_where_most_are_alike():
     assert agent.value_range == 72
 
 
+def test_an_agent_knows_whether_some_actions_are_not_allowed():
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args())
+    agent.act(np.zeros(2), {})
+    assert not agent.masked
+    agent.act(np.zeros(2), {"action_mask": np.array([0, 1], np.int8)})
+    assert agent.masked
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(1_000, 1e-4), (2_000, 1e-5), (50_000, 1e-5)])
+def test_step_size_falls_to_a_hundredth_and_no_further(steps, wanted):
+    args = small_args(learning_rate=1e-3, decay_steps=1_000, learning_starts=10**6, updates_per_step=1)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), args)
+    for t in range(10):
+        agent.act(np.zeros(2))
+        agent.observe(np.zeros(2), 0, 1.0, np.zeros(2), t == 9)
+    args.learning_starts, agent.steps, agent.updates, agent.searched_again = 1, steps, steps - 2, 10**9
+    agent.update()
+    assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
+
+
 def test_last_rows_are_not_searched_where_it_is_not_known_what_is_allowed():
     replay = Replay((1,), np.float32, 2, 20)
     replay.add(episode_rows(3, 0.0, False))
