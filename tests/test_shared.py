@@ -6,6 +6,7 @@ import gzip
 import importlib
 import inspect
 import json
+import math
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -421,6 +423,15 @@ def test_bad_arguments(name, monkeypatch, capsys, tmp_path, args, expected):
     script = importlib.import_module(name)
     line = complaint(script, monkeypatch, capsys, "--run-dir", tmp_path, *args.split())
     assert re.search(expected, line), line
+
+
+def test_every_number_has_a_range(script):
+    """NaN and what is below every range are refused by name."""
+    for field in dataclasses.fields(script.Args):
+        numbers = {int, float} & {field.type, *typing.get_args(field.type)}
+        for value in (math.nan, -math.inf) if numbers and not isinstance(field.default, tuple) else ():
+            with pytest.raises(script.Failure, match=f"--{field.name.replace('_', '-')} must be"):
+                script.Args(**{field.name: value})
 
 
 @pytest.mark.parametrize(
