@@ -1,6 +1,9 @@
-"""A campaign of kills and damaged checkpoints, which takes a while: `pytest -m slow tests/test_survival.py`."""
+"""Kills, damaged checkpoints and long runs, a campaign that takes hours: `pytest -m slow tests/test_survival.py`."""
 
+import importlib
 import io
+import json
+import os
 import pickle
 import random
 import signal
@@ -8,10 +11,24 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import SCRIPTS, TABULAR, command, learned, only_run, plain, result, scalars, start, tiny_args
+from conftest import (
+    CORRIDOR,
+    ROOT,
+    SCRIPTS,
+    TABULAR,
+    command,
+    learned,
+    only_run,
+    plain,
+    result,
+    scalars,
+    start,
+    tiny_args,
+)
 
 pytestmark = pytest.mark.slow
 KILLS, DAMAGES = 17, 170  # of each of the six scripts
@@ -120,3 +137,55 @@ def test_survival_of_damaged_checkpoints(name: str, tmp_path, capsys):
     assert refused > 0.9 * DAMAGES
     with capsys.disabled():
         print(f"\n{name}: {DAMAGES} damaged checkpoints, {refused} refused, the others read as they were written")
+
+
+LONG = {
+    "total_timesteps": 1_000_000,
+    "updates_per_step": 0.02,
+    "train_ratio": 0.01,
+    "train_every": 1_000,
+    "num_envs": 1,
+}
+
+
+def endure(name: str) -> None:
+    """Steps of an agent, a million: prints steps a second and megabytes after 10,000 and at the end."""
+    script = importlib.import_module(name)
+    fields = {field: value for field, value in LONG.items() if hasattr(script.Args, field)}
+    args = tiny_args(script, env_id=CORRIDOR.get(name, "Corridor-v0"), **fields)
+    env = script.make_env(args)
+    agent, episode, window = script.Agent(env.observation_space, env.action_space, args), script.Episode(env, 1), 10_000
+    begun, seen = 0.0, []
+    for step in range(args.total_timesteps):
+        if step in (window, args.total_timesteps - window):
+            begun = time.process_time()
+        obs = episode.obs
+        action = agent.act(obs)
+        next_obs, reward, terminated, truncated = episode.step(action)
+        agent.observe(obs, action, reward, next_obs, terminated, truncated)
+        agent.update()
+        if terminated or truncated or len(episode.actions) == 100:
+            episode.reset()
+        if step + 1 in (2 * window, args.total_timesteps):
+            size = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            seen.append((window / (time.process_time() - begun), size))
+    print(json.dumps(seen))
+
+
+def test_a_million_steps_leave_time_and_memory_as_they_were(script, capsys):
+    name = script.__name__
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_survival; test_survival.endure('{name}')"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (early, small), (late, large) = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print(
+            f"\n{name}: {early:.0f} steps a second at 20,000 steps, {late:.0f} at the end; {small:.0f}, {large:.0f} MB"
+        )
+    assert late > early / 1.5
+    assert large < small + 100
