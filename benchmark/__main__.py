@@ -5,7 +5,7 @@
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
     python -m benchmark report          all CSV files -> the tables of the README.md files
-    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo or muzero is
+    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero or dreamer is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
 
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from . import speed_cem_mpc, speed_dyna_q, speed_mbpo, speed_muzero, tic_tac_toe
+from . import speed_cem_mpc, speed_dreamer, speed_dyna_q, speed_mbpo, speed_muzero, tic_tac_toe
 from .collect import collect_suite
 from .plot import plot_suite
 from .plot import report as write_report
@@ -27,7 +27,7 @@ from .suites import SUITES, Incomplete, Suite
 
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
 SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
-SPEED |= {"muzero": speed_muzero.measure}
+SPEED |= {"muzero": speed_muzero.measure, "dreamer": speed_dreamer.measure}
 Script = Annotated[Literal[tuple(SPEED)], tyro.conf.Positional]
 Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
 

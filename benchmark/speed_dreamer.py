@@ -1,10 +1,10 @@
 """How fast dreamer.py is: one update of everything and one action, with r2dreamer and TorchRL's DreamerV3 beside it.
 
-An update draws a batch of 16 sequences of 64 steps from the replay, updates world model, actor and critic with 15
-imagined steps from each state, and puts the new latent states into the replay. The networks are those of the preset
-`1m`, for 24 numbers and 6 continuous actions, in single precision and not compiled. Everything runs in this process on
-one thread of the processor; the contestants take turns for several rounds, and medians of processor time are compared.
-Steps and weights are random. The limit is the time that the matrix products of dreamer.py would take alone.
+An update draws 16 sequences of 64 steps from the replay, imagines 15 steps from each state, updates world model, actor,
+critic and slow critic, and puts the latent states into the replay. The networks are those of the preset `1m`, for 24
+numbers and 6 continuous actions, in single precision and not compiled. Everything runs in this process on one thread;
+the contestants take turns for several rounds, and medians of processor time are compared. The part of it that matrix
+products take is the limit: no way of writing the same update can do without them. Steps and weights are random ones.
 """
 
 import contextlib
@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -28,9 +30,9 @@ import dreamer
 
 OBS_SIZE, ACTION_SIZE, ROWS, EPISODE = 24, 6, 2_000, 500
 BATCH, LENGTH, HORIZON, SIZE = 16, 64, 15, dreamer.SIZES["1m"]
+LATENTS, BINS = SIZE.stoch * SIZE.classes, 255
 OBSERVATION_SPACE = gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,), np.float32)
 ACTION_SPACE = gym.spaces.Box(-1.0, 1.0, (ACTION_SIZE,), np.float32)
-LATENTS = SIZE.stoch * SIZE.classes
 Work = Callable[[], Any]
 
 
@@ -43,28 +45,22 @@ class Contestant(NamedTuple):
 
 
 def random_steps() -> dict[str, np.ndarray]:
-    """Columns of ROWS steps, episode after episode."""
-    rng, at = np.random.default_rng(0), np.arange(ROWS)
-    normal = {"vector": rng.normal(size=(ROWS, OBS_SIZE)), "reward": rng.normal(size=ROWS)}
-    steps = {name: column.astype(np.float32) for name, column in normal.items()}
-    steps["action"] = rng.uniform(-1, 1, (ROWS, ACTION_SIZE)).astype(np.float32)
-    last = at % EPISODE == EPISODE - 1
-    return steps | {"is_first": at % EPISODE == 0, "is_last": last, "is_terminal": last}
-
-
-def count_parameters(parameters: Any) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    """Columns of steps, one episode after the other."""
+    rng, at = np.random.default_rng(0), np.arange(ROWS) % EPISODE
+    sizes = {"vector": (ROWS, OBS_SIZE), "action": (ROWS, ACTION_SIZE), "reward": (ROWS,)}
+    steps = {name: rng.uniform(-1, 1, size).astype(np.float32) for name, size in sizes.items()}
+    return steps | {"is_first": at == 0, "is_last": at == EPISODE - 1, "is_terminal": at == EPISODE - 1}
 
 
 def our_contestant() -> Contestant:
     """dreamer.py."""
-    shape = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_horizon": HORIZON}
-    args = dreamer.Args(**shape, num_envs=1, replay_size=ROWS, device="cpu")
+    sizes = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_horizon": HORIZON}
+    args = dreamer.Args(**sizes, num_envs=1, replay_size=ROWS, device="cpu")
     agent, steps = dreamer.Agent(OBSERVATION_SPACE, ACTION_SPACE, args), random_steps()
-    deter, stoch, obs = np.zeros(SIZE.deter), np.zeros(SIZE.stoch), steps["vector"][0]
-    for at in range(ROWS):
-        agent.replay.add(0, deter, stoch, **{name: column[at] for name, column in steps.items()})
-    return Contestant(count_parameters(agent.nets.parameters()), agent.update_once, lambda: agent.act(obs))
+    for name, column in steps.items():
+        agent.replay.fixed[name][0] = column
+    agent.replay.added[0] = ROWS
+    return Contestant(count(agent.nets.parameters()), agent.update_once, lambda: agent.act(steps["vector"][0]))
 
 
 def r2dreamer_contestant(path: Path) -> Contestant:
@@ -74,7 +70,7 @@ def r2dreamer_contestant(path: Path) -> Contestant:
     from omegaconf import OmegaConf
     from tensordict import TensorDict
 
-    # Its modules have names like ours, so they are found only in here.
+    # One of its modules is a `dreamer`, too, so they are found only while they are imported here.
     sys.path.insert(0, str(path))
     del sys.modules["dreamer"]
     try:
@@ -82,42 +78,36 @@ def r2dreamer_contestant(path: Path) -> Contestant:
     finally:
         sys.path.remove(str(path))
         for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", "")).startswith(str(path)):
+            if str(getattr(module, "__file__", None)).startswith(f"{path}{os.sep}"):
                 del sys.modules[name]
         sys.modules["dreamer"] = dreamer
-    # Half precision is for GPUs.
-    theirs.autocast = lambda **_: contextlib.nullcontext()
+    theirs.autocast = lambda **_: contextlib.nullcontext()  # it would be half precision
     theirs.GradScaler = lambda: torch.amp.GradScaler(enabled=False)
 
-    widths = {"deter": SIZE.deter, "hidden": SIZE.hidden, "discrete": SIZE.classes, "depth": 4, "units": SIZE.units}
+    widths = {"deter": SIZE.deter, "hidden": SIZE.hidden, "discrete": SIZE.classes, "units": SIZE.units}
     model = OmegaConf.load(path / "configs" / "model" / "_base_.yaml")
-    model.update(widths | {"act": "SiLU", "norm": True, "compile": False, "rep_loss": "dreamer"})
+    model.update(widths | {"depth": SIZE.depth, "act": "SiLU", "norm": True, "compile": False, "rep_loss": "dreamer"})
     env = OmegaConf.load(path / "configs" / "env" / "dmc_proprio.yaml")
     replay = {"batch_size": BATCH, "batch_length": LENGTH, "max_size": ROWS, "device": "cpu", "storage_device": "cpu"}
-    config = OmegaConf.create({"model": model, "env": env, "buffer": replay, "device": "cpu", "seed": 0})
+    config = OmegaConf.create({"model": model, "env": env, "buffer": replay, "device": "cpu"})
     with contextlib.redirect_stdout(io.StringIO()):
         agent = theirs.Dreamer(config.model, gym.spaces.Dict({"vector": OBSERVATION_SPACE}), ACTION_SPACE)
     replay, state = buffer.Buffer(config.buffer), agent.get_initial_state(1)
-    columns = {name: torch.from_numpy(column).reshape(ROWS, 1, -1) for name, column in random_steps().items()}
-    for at in range(ROWS):
-        row = {name: column[at] for name, column in columns.items()} | {"episode": torch.zeros(1, dtype=torch.int32)}
-        replay.add_transition(TensorDict(row | {"stoch": state["stoch"], "deter": state["deter"]}, (1,)))
-    obs = columns["vector"][0].numpy()
+    rows = {name: torch.from_numpy(column).reshape(1, ROWS, -1) for name, column in random_steps().items()}
+    rows |= {name: state[name][:, None].expand(-1, ROWS, *state[name].shape[1:]) for name in ("stoch", "deter")}
+    replay._buffer.extend(TensorDict(rows | {"episode": torch.zeros(1, ROWS, dtype=torch.int32)}, (1, ROWS)))
+    seen = {"vector": rows["vector"][:, 0], "is_first": torch.zeros(1, 1, dtype=torch.bool)}
 
     def act() -> np.ndarray:
-        nonlocal state
-        seen = {"vector": torch.from_numpy(obs), "is_first": torch.zeros(1, 1, dtype=torch.bool)}
-        action, state = agent.act(TensorDict(seen, (1,)), state)
-        return action.numpy()
+        return agent.act(TensorDict(seen, (1,)), state)[0].numpy()
 
-    return Contestant(count_parameters(agent._named_params.values()), lambda: agent.update(replay), act)
+    return Contestant(count(agent._named_params.values()), lambda: agent.update(replay), act)
 
 
 def torchrl_contestant() -> Contestant:
-    """TorchRL's modules and losses of DreamerV3, put together as its documentation does."""
+    """TorchRL's parts of DreamerV3: networks, losses, optimizer and replay, with a loop over time, its default."""
     from tensordict import TensorDict
-    from tensordict.nn import ProbabilisticTensorDictModule as Draw
-    from tensordict.nn import ProbabilisticTensorDictSequential as ActorChain
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
     from tensordict.nn import TensorDictModule as Part
     from tensordict.nn import TensorDictSequential as Chain
     from torchrl import data, modules, objectives
@@ -127,56 +117,52 @@ def torchrl_contestant() -> Contestant:
     def head(out: int, layers: int, scale: float = 1.0) -> torch.nn.Module:
         return modules.DreamerV3MLP(LATENTS + SIZE.deter, out, layers, SIZE.units, scale)
 
-    def gaussian(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = x.chunk(2, -1)
-        return mean.tanh(), 0.9 * (std + 2).sigmoid() + 0.1
+    def gaussian(found: Tensor) -> tuple[Tensor, Tensor]:
+        policy = dreamer.make_policy(found, False)
+        return policy.mean, policy.std
 
-    latents = {"num_categoricals": SIZE.stoch, "num_classes": SIZE.classes, "rnn_hidden_dim": SIZE.deter}
-    latents |= {"hidden_dim": SIZE.hidden, "unimix": 0.01}
-    prior = modules.RSSMPriorV3(
-        action_shape=(ACTION_SIZE,), action_dim=ACTION_SIZE, recurrent_model="block_gru", **latents
-    )
-    posterior = modules.RSSMPosteriorV3(obs_embed_dim=SIZE.units, use_rms_norm=True, **latents)
-    encoder, decoder = modules.DreamerV3MLP(OBS_SIZE, None, 3, SIZE.units), head(OBS_SIZE, 3)
-    reward, going, bins = head(255, 1, 0.0), head(1, 1), modules.SymExpTwoHot(255)
-    now, after = ["state", "belief"], [("next", "state"), ("next", "belief")]
-    tokens, post = ("next", "encoded_latents"), ("next", "posterior_logits")
-    rollout = modules.RSSMRolloutV3(
-        Part(prior, [*now, "action"], [("next", "prior_logits"), *after]),
-        Part(posterior, [after[1], tokens], [post, after[0]]),
-    )
-    parts = {decoder: "reconstruction", reward: "reward_logits", going: "continue_pred"}
+    sizes = {"num_categoricals": SIZE.stoch, "num_classes": SIZE.classes, "rnn_hidden_dim": SIZE.deter, "unimix": 0.01}
+    sizes |= {"hidden_dim": SIZE.hidden}
+    core = {"recurrent_model": "block_gru", "num_blocks": SIZE.blocks}
+    prior = modules.RSSMPriorV3(action_shape=(ACTION_SIZE,), action_dim=ACTION_SIZE, **core, **sizes)
+    posterior = modules.RSSMPosteriorV3(obs_embed_dim=SIZE.units, use_rms_norm=True, **sizes)
+    encoder, bins = modules.DreamerV3MLP(OBS_SIZE, None, 3, SIZE.units), modules.SymExpTwoHot(BINS)
+    reward, going = head(BINS, 1, 0.0), head(1, 1)
+    now, after, tokens = ["state", "belief"], [("next", "state"), ("next", "belief")], ("next", "encoded_latents")
+    heads = {"decoded": head(OBS_SIZE, 3), "reward_logits": reward, "continue_pred": going}
     world = Chain(
         Part(encoder, [("next", "observation")], [tokens]),
-        rollout,
-        *(Part(part, after, [("next", name)]) for part, name in parts.items()),
+        modules.RSSMRolloutV3(
+            Part(prior, [*now, "action"], [("next", "prior_logits"), *after]),
+            Part(posterior, [("next", "belief"), tokens], [("next", "posterior_logits"), ("next", "state")]),
+        ),
+        *(Part(part, after, [("next", name)]) for name, part in heads.items()),
     )
     rewards = Chain(Part(reward, now, ["logits"]), Part(bins, ["logits"], ["reward"]))
-    imagined = modules.WorldModelWrapper(Part(prior, [*now, "action"], ["_", *now]), rewards)
-    env = DreamerEnv(imagined, (LATENTS,), (SIZE.deter,))
+    env = DreamerEnv(modules.WorldModelWrapper(Part(prior, [*now, "action"], ["_", *now]), rewards), (), ())
     env.observation_spec = data.Composite(state=data.Unbounded(LATENTS), belief=data.Unbounded(SIZE.deter))
-    env.state_spec = env.observation_spec.clone()
-    env.action_spec, env.reward_spec = data.Unbounded(ACTION_SIZE), data.Unbounded(1)
-    actor = ActorChain(
+    env.state_spec, env.reward_spec = env.observation_spec.clone(), data.Unbounded(1)
+    env.action_spec = data.Unbounded(ACTION_SIZE)
+    draw = {"distribution_class": modules.IndependentNormal, "default_interaction_type": "random"}
+    actor = ProbabilisticTensorDictSequential(
         Part(head(2 * ACTION_SIZE, 3, 0.01), now, ["found"]),
         Part(gaussian, ["found"], ["loc", "scale"]),
-        Draw(["loc", "scale"], ["action"], distribution_class=modules.IndependentNormal),
+        ProbabilisticTensorDictModule(["loc", "scale"], ["action"], **draw),
     )
-    value = "state_value_logits"
-    critic = Chain(Part(head(255, 3, 0.0), now, [value]), Part(bins, [value], ["state_value"]))
-    on = Chain(Part(going, now, ["going"]), Part(torch.nn.Sigmoid(), ["going"], ["continuation"]))
+    logits = "state_value_logits"
+    critic = Chain(Part(head(BINS, 3, 0.0), now, [logits]), Part(bins, [logits], ["state_value"]))
+    goes_on = Chain(Part(going, now, ["going"]), Part(torch.nn.Sigmoid(), ["going"], ["continuation"]))
 
-    scales = {"kl_mode": "separate", "lambda_continue": 1.0, "continue_target_scale": 1 - 1 / 333}
-    model_loss = objectives.DreamerV3ModelLoss(world, unimix=0.01, reco_symlog=False, detach_output=False, **scales)
-    model_loss.set_keys(pixels="observation", reco_pixels="reconstruction")
-    settings = {"continuation_model": on, "imagination_horizon": HORIZON, "use_reinforce": True}
-    actor_loss = objectives.DreamerV3ActorLoss(actor, critic, env, **settings)
-    actor_loss.make_value_estimator(gamma=1.0, lmbda=0.95)
+    terms = {"kl_mode": "separate", "lambda_continue": 1.0, "continue_target_scale": 1 - 1 / 333, "unimix": 0.01}
+    model_loss = objectives.DreamerV3ModelLoss(world, reco_symlog=False, detach_output=False, **terms)
+    model_loss.set_keys(pixels="observation", reco_pixels="decoded")
+    terms = {"continuation_model": goes_on, "imagination_horizon": HORIZON, "use_reinforce": True}
+    actor_loss = objectives.DreamerV3ActorLoss(actor, critic, env, **terms)
+    actor_loss.make_value_estimator(gamma=1.0, lmbda=0.95)  # the discount is in the continuation
     value_loss = objectives.DreamerV3ValueLoss(critic, "two_hot", actor_loss=actor_loss, slow_critic_regularization=1.0)
     loss = objectives.DreamerV3Loss(model_loss, actor_loss, value_loss)
-    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    slow = objectives.SoftUpdate(value_loss, tau=0.02)
-    stepper = algorithms.DreamerV3OptimizationStepper(loss, algorithms.DreamerV3Optimizer(parameters), slow)
+    optimizer, slow = algorithms.DreamerV3Optimizer(loss.parameters()), objectives.SoftUpdate(value_loss, tau=0.02)
+    stepper = algorithms.DreamerV3OptimizationStepper(loss, optimizer, slow)
 
     replay = data.TensorDictReplayBuffer(
         storage=data.LazyTensorStorage(ROWS),
@@ -184,76 +170,84 @@ def torchrl_contestant() -> Contestant:
         writer=data.TensorDictRoundRobinWriter(track_generations=True),
         batch_size=BATCH * (LENGTH + 1),
     )
-    columns = {name: torch.from_numpy(column).reshape(ROWS, -1) for name, column in random_steps().items()}
-    then = {"observation": columns["vector"], "reward": columns["reward"], "done": columns["is_last"]}
-    zeros = {"state": torch.zeros(ROWS, LATENTS), "belief": torch.zeros(ROWS, SIZE.deter)}
-    rows = zeros | {"action": columns["action"], "is_init": columns["is_first"], "stream": torch.zeros(ROWS).long()}
-    replay.extend(TensorDict(rows | {"next": then | {"terminated": columns["is_terminal"]}}, (ROWS,)))
+    steps = {name: torch.from_numpy(column).reshape(ROWS, -1) for name, column in random_steps().items()}
+    then = {"observation": "vector", "reward": "reward", "done": "is_last", "terminated": "is_terminal"}
+    rows = {"next": {name: steps[other] for name, other in then.items()}, "stream": torch.zeros(ROWS).long()}
+    latents = {"state": torch.zeros(ROWS, LATENTS), "belief": torch.zeros(ROWS, SIZE.deter)}
+    rows |= latents | {"action": steps["action"], "is_init": steps["is_first"]}
+    replay.extend(TensorDict(rows, (ROWS,)))
 
     def update() -> None:
         found = replay.sample().reshape(BATCH, LENGTH + 1)
-        where, batch = found.select("index", "index_generation")[:, 1:].reshape(-1), found[:, :-1]
+        batch, where = found[:, :-1], found[:, 1:].select("index", "index_generation").reshape(-1)
         stepper.step(None, batch)
-        patch = batch["replay_context"].reshape(-1)
-        replay.update_if_present(index=where["index"], generation=where["index_generation"], patch=patch)
+        handle = {"index": where["index"], "generation": where["index_generation"]}
+        replay.update_if_present(**handle, patch=batch["replay_context"].reshape(-1))
 
-    policy = Chain(
-        Part(encoder, ["observation"], ["encoded_latents"]), modules.RSSMStateEstimatorV3(prior, posterior), actor
-    )
-    state = {name: column[:1] for name, column in zeros.items()} | {"action": columns["action"][:1]}
-    obs = columns["vector"][:1].numpy()
+    estimator = modules.RSSMStateEstimatorV3(prior, posterior)
+    policy = Chain(Part(encoder, ["observation"], ["encoded_latents"]), estimator, actor)
+    seen = {"observation": steps["vector"][:1], "is_init": torch.zeros(1, 1, dtype=torch.bool)}
+    seen |= {"state": latents["state"][:1], "belief": latents["belief"][:1], "previous_action": steps["action"][:1]}
 
     @torch.no_grad()
     def act() -> np.ndarray:
-        nonlocal state
-        seen = {"observation": torch.from_numpy(obs), "is_init": torch.zeros(1, 1, dtype=torch.bool)}
-        before = {"state": state["state"], "belief": state["belief"], "previous_action": state["action"]}
-        state = policy(TensorDict(seen | before, (1,)))
-        return state["action"].numpy()
+        return policy(TensorDict(seen, (1,)))["action"].numpy()
 
-    return Contestant(count_parameters(parameters), update, act)
+    return Contestant(count(loss.parameters()), update, act)
+
+
+def count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 class MatrixProducts(TorchDispatchMode):
-    """While it is entered, adds up the floating-point operations of matrix products and the processor time in them."""
+    """Adds up the processor time in matrix products, and their floating-point operations, while it is entered."""
 
-    def __init__(self):
-        super().__init__()
-        self.operations, self.seconds = 0, 0.0
+    seconds, operations = 0.0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        start, count = time.process_time(), flop_registry.get(func.overloadpacket)
-        found = func(*args, **(kwargs or {}))
-        if count is not None:
+        kwargs, start = kwargs or {}, time.process_time()
+        found = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
             self.seconds += time.process_time() - start
-            self.operations += count(*args, **(kwargs or {}), out_val=found)
+            self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=found)
         return found
 
 
 def seconds(work: Work, least: float) -> float:
-    """Processor time for doing it once, measured for at least that long."""
-    count, start = 0, time.process_time()
+    """Processor time for doing it once, from at least so many seconds."""
+    done, start = 0, time.process_time()
     while (elapsed := time.process_time() - start) < least:
         work()
-        count += 1
-    return elapsed / count
+        done += 1
+    return elapsed / done
 
 
 def measure(peer: Path | None, rounds: int) -> str:
-    """Markdown table of the medians."""
+    """Markdown table of the medians; the ratios say how many times as long as with dreamer.py an update takes. A
+    checkout of r2dreamer is `peer`, or else where the environment variable R2DREAMER says."""
     torch.set_num_threads(1)
+    os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # TorchRL would log among the lines of the table
     contestants = {"dreamer.py": our_contestant()}
-    if peer := peer or (Path(os.environ["R2DREAMER"]) if "R2DREAMER" in os.environ else None):
-        contestants["r2dreamer"] = r2dreamer_contestant(peer)
+    if place := peer or os.environ.get("R2DREAMER"):
+        contestants["r2dreamer"] = r2dreamer_contestant(Path(place).resolve())
     if importlib.util.find_spec("torchrl"):
         contestants["TorchRL"] = torchrl_contestant()
-    for name, contestant in contestants.items():
-        for _ in range(3):
-            t = time.process_time()
-            contestant.update()
-            print(name, contestant.parameters, time.process_time() - t)
-        t = time.process_time()
-        with MatrixProducts() as m:
-            contestant.update()
-        print(name, time.process_time() - t, m.operations / 1e9, m.seconds, 1e3 * seconds(contestant.act, 0.5))
-    return ""
+    found = {name: [] for name in contestants}
+    for index in range(-1, rounds):  # one more, to warm up
+        for name, contestant in contestants.items():
+            with MatrixProducts() as products:
+                contestant.update()
+            times = seconds(contestant.update, 3.0), products.seconds, 1e3 * seconds(contestant.act, 0.5)
+            found[name] += [(*times, products.operations / 1e9)] * (index >= 0)
+    lines = [
+        f"| medians of {rounds} rounds | an update, s | ratio | of it matrix products, s (GFLOP) | an action, ms "
+        "| parameters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in found.items():
+        update, products, action, operations = (median(column) for column in zip(*rows, strict=True))
+        ratio = median(row[0] / ours[0] for row, ours in zip(rows, found["dreamer.py"], strict=True))
+        cells = f"{update:.2f} | {ratio:.2f}x | {products:.2f} ({operations:.1f}) | {action:.2f}"
+        lines.append(f"| {name} | {cells} | {contestants[name].parameters:,} |")
+    return "\n".join(lines)
