@@ -28,10 +28,10 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor (eq. 8 and 9)
             Store the states that were inferred
 
-Details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: one layer,
-not several, gives all numbers of an observation and both mean and deviation of the actor; one-hot choices in an
-observation are fitted by squared error, too; pictures are halved down to 4 x 4 whatever their size; evaluation takes
-the most likely action and does not draw.
+Details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: the numbers
+of observations are standardised (`standardise`); one layer, not several, gives all of them, and both mean and deviation
+of the actor; one-hot choices in an observation are fitted by squared error, too; pictures are halved down to 4 x 4
+whatever their size; evaluation takes the most likely action and does not draw.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --train-ratio 512 --learning-rate 4e-5     (with a GPU)
@@ -127,6 +127,9 @@ class Args:
     """Widths of the networks, by their number of parameters (DreamerV3: 200m)."""
     bf16: bool = False
     """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
+    standardise: bool = True
+    """Scale the numbers of observations, after symlog, to mean 0 and deviation 1 in the replay. DreamerV3 does not; so
+    small ones, like the angle of a pole, add next to nothing to the loss, and the latent state does not keep them."""
     learning_starts: int = 1_024
     """Steps before the first update."""
     train_ratio: float = 64.0
@@ -823,6 +826,13 @@ class Replay:
         columns = {name: column[where] for name, column in self.fixed.items()}
         return where, columns | {"deter": self.deter[where], "stoch": self.stoch[where]}
 
+    def latest(self, name: str) -> Array:
+        """A column (steps, ...) of all steps that sequences are drawn from, environment after environment."""
+        streams = zip(self.fixed[name], self.added, strict=True)
+        return np.concatenate(
+            [column[np.arange(max(0, added - self.capacity), added) % len(column)] for column, added in streams]
+        )
+
     def refresh(self, where: tuple[Array, Array], deter: Array, stoch: Array) -> None:
         """Puts new latent states there."""
         self.deter[where], self.stoch[where] = deter, stoch
@@ -971,6 +981,7 @@ class Observer:
         self.space, self.image_size = space, image_size
         vector, image = self.parts(space, space.sample())
         self.vector = sum(len(part) for part in vector)
+        self.numbers = np.array([part.dtype != bool for part in vector for _ in part], bool)  # not choices
         self.image = np.concatenate(image, axis=-1).shape if image else None
         if self.image and (min(self.image[:2]) < 8 or any(side % 2 ** halvings(self.image) for side in self.image[:2])):
             raise Failure(
@@ -992,11 +1003,11 @@ class Observer:
         if isinstance(space, gym.spaces.Box):
             values = np.asarray(obs, np.float64).reshape(-1)
             return [(np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)], []
-        return [np.asarray(gym.spaces.flatten(space, obs), np.float32).reshape(-1)], []
+        return [np.asarray(gym.spaces.flatten(space, obs), bool).reshape(-1)], []
 
     def __call__(self, obs: Any) -> dict[str, Array]:
         vector, image = self.parts(self.space, obs)
-        found = {"vector": np.concatenate(vector)} if vector else {}
+        found = {"vector": np.concatenate(vector).astype(np.float32)} if vector else {}
         return found | ({"image": np.concatenate(image, axis=-1)} if image else {})
 
 
@@ -1049,13 +1060,26 @@ class Agent:
         # the present observation, and that observation.
         self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
         self.was_first, self.rewards, self.seen = self.first, [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
-        self.steps, self.updates, self.logs, self.losses = 0, 0, {}, {}
+        self.mean, self.std = torch.zeros(self.shapes.vector), torch.ones(self.shapes.vector)
+        self.steps, self.updates, self.measured, self.logs, self.losses = 0, 0, 0, {}, {}
 
     def zero_action(self, count: int) -> Tensor:
         return torch.zeros(count, self.shapes.action, device=self.device)
 
     def tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(np.ascontiguousarray(rows[name])).to(self.device) for name in rows}
+        """Rows of the replay as the networks want them."""
+        found = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in rows}
+        if "vector" in found:
+            found["vector"] = (found["vector"] - self.mean) / self.std
+        return {name: part.to(self.device) for name, part in found.items()}
+
+    def measure(self) -> None:
+        """Mean and deviation of the numbers of vectors in the replay; anew when 1 % more steps were taken."""
+        rows = self.replay.latest("vector")
+        mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
+        self.mean = torch.from_numpy(np.where(self.observer.numbers, mean, 0)).float()
+        self.std = torch.from_numpy(np.where(self.observer.numbers & (std > 1e-6), std, 1)).float()
+        self.measured = self.steps
 
     @torch.inference_mode()
     def follow(
@@ -1118,6 +1142,8 @@ class Agent:
         while self.steps >= args.learning_starts and self.updates < (self.steps - args.learning_starts) * ratio:
             if not self.replay.starts().any():
                 return
+            if args.standardise and self.shapes.vector and self.steps >= 1.01 * self.measured:
+                self.measure()
             self.update_once()
 
     def update_once(self) -> None:
@@ -1224,12 +1250,13 @@ class Agent:
             "slow_critic": self.slow_critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "percentiles": [self.percentiles.low, self.percentiles.high],
+            "scale": [self.mean, self.std],
             "replay": self.replay.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "rng": json.dumps(self.rng.bit_generator.state),
             "now": [*self.latent, self.action, self.first],
             "rewards": self.rewards,
-            "counts": [self.steps, self.updates],
+            "counts": [self.steps, self.updates, self.measured],
             "logs": self.scalars(),
         }
 
@@ -1243,7 +1270,8 @@ class Agent:
         self.rng.bit_generator.state = json.loads(state["rng"])
         deter, stoch, self.action, self.first = (part.to(self.device) for part in state["now"])
         self.latent, self.rewards = Latent(deter, stoch), list(state["rewards"])
-        (self.steps, self.updates), self.logs = state["counts"], state["logs"]
+        (self.mean, self.std), self.logs = state["scale"], state["logs"]
+        self.steps, self.updates, self.measured = state["counts"]
 
 
 def find_device(name: str) -> torch.device:

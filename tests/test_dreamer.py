@@ -500,6 +500,37 @@ def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
     np.testing.assert_allclose(agent.replay.deter[0, 1], stored[1], rtol=1e-5)
 
 
+def test_numbers_are_standardised_and_choices_are_not():
+    numbers = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    agent = small_agent(gym.spaces.Dict({"choice": gym.spaces.Discrete(3), "numbers": numbers}), replay_size=100)
+    rng, kept = np.random.default_rng(0), []
+    for step in range(80):  # two environments, of each of which the replay keeps the last 50 steps
+        rows = [{"choice": rng.integers(3), "numbers": rng.normal((7, 1e-3, 5), (100, 1e-3, 0))} for _ in range(2)]
+        for env, (obs, action) in enumerate(zip(rows, agent.act_many(rows), strict=True)):
+            agent.observe(obs, action, 0.0, obs, False, env=env)
+        kept += [rows] * (step >= 30)
+    agent.measure()
+    found = agent.tensors({"vector": agent.replay.latest("vector")})["vector"].view(2, 50, 6)
+    values = np.array([[row["numbers"] for row in rows] for rows in kept]).swapaxes(0, 1)
+    values = np.sign(values) * np.log1p(np.abs(values))
+    wanted = (values[..., :2] - values[..., :2].mean((0, 1))) / values[..., :2].std((0, 1))
+    np.testing.assert_allclose(found[..., 3:5], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[..., 5], 0, atol=1e-6)  # was always the same: no deviation to divide by
+    chosen = np.array([[row["choice"] for row in rows] for rows in kept]).T
+    np.testing.assert_array_equal(found[..., :3], np.eye(3)[chosen])
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_the_scale_of_numbers_is_measured_while_it_learns(standardise):
+    agent = small_agent(standardise=standardise)
+    for steps, measured in ((100, 100), (1, 100), (20, 121)):
+        steps_of(agent, steps, ())
+        agent.update()
+        assert agent.measured == standardise * measured
+    assert bool((agent.std == 1).all()) != standardise
+    assert agent.replay.latest("vector").shape == (121, 3)  # of the one environment that was played
+
+
 def test_an_evaluation_needs_no_room_for_the_replay():
     settings = {"num_envs": 1, "batch_length": 4, "replay_size": 20, "replay_on_disk": True}
     agent = small_agent(**settings, checkpoint_every=50)
