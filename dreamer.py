@@ -337,15 +337,14 @@ def make_bins(count: int = 255) -> Tensor:
     return torch.cat([half, -half[:-1].flip(0)])
 
 
-def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Cross-entropy (...) of logits (..., bins) to targets (...), each spread over the two bins next to it."""
+def twohot_loss(log_prob: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+    """Cross-entropy (...) of log-probabilities (..., bins) to targets (...), each on the two bins beside it."""
     above = torch.searchsorted(bins, target.contiguous()).clamp(max=len(bins) - 1)  # the first bin that is not below it
     below = (above - (bins[above] > target).long()).clamp(min=0)
     to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
     same = below == above
     total = torch.where(same, 2.0, to_below + to_above)
     weights = torch.where(same, 1.0, to_above) / total, torch.where(same, 1.0, to_below) / total
-    log_prob = logits.float().log_softmax(-1)
     return -sum(
         weight * log_prob.gather(-1, index[..., None]).squeeze(-1)
         for weight, index in zip(weights, (below, above), strict=True)
@@ -550,8 +549,11 @@ class RSSM(nn.Module):
         action = action / action.abs().clamp(min=1).detach()
         inputs = (latent.deter, latent.stoch.flatten(1), action)
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
-        x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
-        x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
+        # Each block sees its own part of the deterministic state and all of x, which need not be copied for it.
+        own, shared = self.hidden.weight.split([self.size.deter // self.size.blocks, x.shape[1]], dim=1)
+        x = torch.addmm(self.hidden.bias.flatten(), x, shared.transpose(0, 1).flatten(1))
+        x = torch.baddbmm(self.blocked(x), self.blocked(latent.deter), own)  # (blocks, B, deter / blocks)
+        x = self.norm(x.transpose(0, 1).flatten(1))
         reset, cand, update = (
             self.gates(self.blocked(x)).transpose(0, 1).chunk(3, dim=-1)
         )  # (B, blocks, deter / blocks)
@@ -876,8 +878,8 @@ class Percentiles:
 
 def critic_loss(value: Tensor, slow_value: Tensor, ret: Tensor, bins: Tensor) -> Tensor:
     """Logits of values (N, T + 1, bins) against returns (N, T), and against the mean of the slow critic: (N, T)."""
-    to_return = twohot_loss(value[:, :-1], ret.detach(), bins)
-    return to_return + twohot_loss(value[:, :-1], twohot_mean(slow_value, bins)[:, :-1], bins)
+    log_prob = value[:, :-1].float().log_softmax(-1)
+    return sum(twohot_loss(log_prob, target, bins) for target in (ret.detach(), twohot_mean(slow_value, bins)[:, :-1]))
 
 
 def imagination_loss(
@@ -895,7 +897,7 @@ def imagination_loss(
     """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
     slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
-    val = twohot_mean(value, bins).detach()
+    val = twohot_mean(value.detach(), bins)
     weight = con.cumprod(1)[:, :-1]  # con has the discount in it
     ret = lambda_return(torch.zeros_like(con), 1 - con, rew, val, 1.0, lam)
     adv = (ret - val[:, :-1]) / percentiles.update(ret)
@@ -929,7 +931,7 @@ def dreamer_loss(
     prior, feature = nets.rssm.logits(nets.rssm.prior(latent.deter)), latent.feature()
     losses["dyn"] = kl(post.detach(), prior).clamp(min=1)  # free nats
     losses["rep"] = kl(post, prior.detach()).clamp(min=1)
-    losses["rew"] = twohot_loss(nets.reward(feature), batch["reward"], nets.bins)
+    losses["rew"] = twohot_loss(nets.reward(feature).float().log_softmax(-1), batch["reward"], nets.bins)
     terminal, last = batch["is_terminal"].float(), batch["is_last"].float()
     going = nets.going(feature).squeeze(-1).float()
     losses["con"] = F.binary_cross_entropy_with_logits(going, (1 - terminal) * disc, reduction="none")
@@ -938,20 +940,22 @@ def dreamer_loss(
         losses[name] = ((found - target) ** 2).flatten(2).sum(2)
 
     # Imagination, from every state of the batch; nothing of it has a gradient with respect to the world model.
+    state = Latent(*(part.detach().flatten(0, 1) for part in latent))
+    features, chosen = [state.feature()], []
+    for _ in range(horizon):
+        policy = nets.policy(features[-1])
+        with torch.no_grad():
+            action = policy.sample(generator)
+            state = nets.rssm.imagine_step(state, action, generator)
+        features.append(state.feature())
+        chosen.append((policy.log_density(action), policy.entropy()))
+    imagined = torch.stack(features, 1)
+    log_density, entropy = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     with torch.no_grad():
-        state = Latent(latent.deter.flatten(0, 1), latent.stoch.flatten(0, 1))
-        features, actions = [state.feature()], []
-        for _ in range(horizon):
-            actions.append(nets.policy(features[-1]).sample(generator))
-            state = nets.rssm.imagine_step(state, actions[-1], generator)
-            features.append(state.feature())
-        imagined, actions = torch.stack(features, 1), torch.stack(actions, 1)
         rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.going(imagined).squeeze(-1).float().sigmoid()
         slow_value = slow_critic(imagined)
-    policy, value = nets.policy(imagined[:, :-1]), nets.critic(imagined)
-    log_density, entropy = policy.log_density(actions), policy.entropy()
     losses["policy"], losses["value"], ret = imagination_loss(
-        rew, con, log_density, entropy, value, slow_value, nets.bins, percentiles
+        rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles
     )
     boot = ret[:, 0].view(last.shape)
     with torch.no_grad():

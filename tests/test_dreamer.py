@@ -64,7 +64,7 @@ def test_golden_formulas(golden):
     twohot, targets = golden["twohot"], tensor(golden["twohot"]["targets"])
     random = tensor(np.random.default_rng(0).normal(size=255).astype(np.float32))
     for logits, name in ((torch.zeros(255), "loss_zero_logits"), (random, "loss_random_logits")):
-        losses = dreamer.twohot_loss(logits.expand(len(targets), -1), targets, BINS)
+        losses = dreamer.twohot_loss(logits.log_softmax(-1).expand(len(targets), -1), targets, BINS)
         torch.testing.assert_close(losses, tensor(twohot[name]), rtol=0, atol=1e-5)
     assert dreamer.twohot_mean(random, BINS).item() == pytest.approx(twohot["pred_random"], rel=1e-5)
     mixed = golden["unimix"]
@@ -148,9 +148,9 @@ def test_bins_and_the_mean_of_equal_logits():
 @given(st.floats(-1e9, 1e9))
 def test_two_hot_spreads_a_target_over_the_bins_beside_it(x):
     target = torch.tensor([x], dtype=torch.float32)
-    # The loss is linear in the weights: it is read off with logits that single out one bin.
-    logits = torch.eye(255) * 50 - 50
-    probability = 50 - dreamer.twohot_loss(logits, target.expand(255), BINS)
+    # The loss is linear in the weights: they are read off with numbers that single out one bin.
+    single = torch.eye(255) * 50 - 50
+    probability = 50 - dreamer.twohot_loss(single, target.expand(255), BINS)
     weights = (probability / 50).double()
     assert weights.sum().item() == pytest.approx(1, abs=1e-4)
     assert (weights > 1e-4).sum() <= 2
