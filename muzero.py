@@ -151,7 +151,7 @@ class Args:
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: float = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature), always the same (MuZero lowers it)."""
-    min_range: float = 0.01
+    min_range: float = 0.05
     """In each node Q is divided by its range there, but by no less than this share of the range of all values in the
     replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; 0: as in
     mctx."""
@@ -172,7 +172,7 @@ class Args:
     """A value target's n steps end before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
     they never do (MuZero)."""
-    reanalyze_ratio: float = 8.0
+    reanalyze_ratio: float = 40.0
     """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
     the place of policy and value of when the position was played (MuZero Reanalyze)."""
     priority_exponent: float = 0.0
@@ -1243,8 +1243,8 @@ class Agent:
         args, steps = self.args, self.steps - self.args.learning_starts
         if steps < 0 or self.replay.added == 0:
             return
-        while self.searched_again + 64 <= steps * args.reanalyze_ratio:
-            self.reanalyze(64)
+        while self.searched_again + args.batch_size <= steps * args.reanalyze_ratio:
+            self.reanalyze(args.batch_size)
         while self.updates < steps * args.updates_per_step:
             sizes, consistency = (args.batch_size, args.unroll_steps, args.td_steps), args.consistency_weight
             rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, consistency > 0)

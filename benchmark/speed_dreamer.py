@@ -54,8 +54,8 @@ def random_steps() -> dict[str, np.ndarray]:
 
 def our_contestant() -> Contestant:
     """dreamer.py."""
-    sizes = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_horizon": HORIZON}
-    args = dreamer.Args(**sizes, num_envs=1, replay_size=ROWS, device="cpu")
+    sizes = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_starts": LENGTH}
+    args = dreamer.Args(**sizes, imagination_horizon=HORIZON, num_envs=1, replay_size=ROWS, device="cpu")
     agent, steps = dreamer.Agent(OBSERVATION_SPACE, ACTION_SPACE, args), random_steps()
     for name, column in steps.items():
         agent.replay.fixed[name][0] = column

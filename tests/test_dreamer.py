@@ -125,7 +125,7 @@ def test_numbers_of_parameters():
         "rssm": 364_416,
         "decoder": 51_096,
         "reward": 57_663,
-        "going": 41_153,
+        "con": 41_153,
         "actor": 50_316,
         "critic": 66_111,
     }
@@ -292,11 +292,36 @@ def some_batch(agent: dreamer.Agent, rows: int = 2, length: int = 5) -> tuple[di
     return batch, agent.nets.rssm.initial(rows)
 
 
+def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
+    agent, imagined, replayed = small_agent(), [], []
+    step, value = agent.nets.rssm.imagine_step, dreamer.replay_value_loss
+
+    def recorded_step(latent: Latent, *rest: object) -> Latent:
+        imagined.append(latent.deter)
+        return step(latent, *rest)
+
+    def recorded_value(*parts: object) -> torch.Tensor:
+        replayed.append(parts)
+        return value(*parts)
+
+    monkeypatch.setattr(agent.nets.rssm, "imagine_step", recorded_step)
+    monkeypatch.setattr(dreamer, "replay_value_loss", recorded_value)
+    batch, start = some_batch(agent)
+    settings = batch, start, Percentiles(CPU), generator(), 3, 2, 0.99
+    _, latent, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    assert [len(deter) for deter in imagined] == 3 * [4]
+    torch.testing.assert_close(imagined[0], latent.deter[:, -2:].flatten(0, 1))
+    ((_, _, reward, boot, critic, *_),) = replayed
+    torch.testing.assert_close(reward, batch["reward"][:, -2:])
+    torch.testing.assert_close(critic, agent.nets.critic(latent.feature()[:, -2:]))
+    assert boot.shape == (2, 2)
+
+
 def gradients(agent: dreamer.Agent, name: str) -> set[str]:
     """The networks that one loss has a gradient with respect to."""
     for network in (agent.nets.reward, agent.nets.critic, agent.slow_critic):  # whose last layer is zero at first
         torch.nn.init.normal_(network[-1].weight, generator=generator(7))
-    settings = *some_batch(agent), Percentiles(CPU), generator(), 3, 0.99
+    settings = *some_batch(agent), Percentiles(CPU), generator(), 3, 9, 0.99
     losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
     agent.nets.zero_grad()
     losses[name].backward()
@@ -314,7 +339,7 @@ def gradients(agent: dreamer.Agent, name: str) -> set[str]:
         ("value", {"critic"}),
         ("repval", {"critic", "rssm", "encoder"}),
         ("rew", {"reward", "rssm", "encoder"}),
-        ("con", {"going", "rssm", "encoder"}),
+        ("con", {"con", "rssm", "encoder"}),
         ("vector", {"decoder", "rssm", "encoder"}),
         ("dyn", {"rssm"}),
         ("rep", {"rssm", "encoder"}),
@@ -331,7 +356,7 @@ def test_each_loss_trains_what_it_should_and_nothing_else(loss, trained):
 def test_priors_and_posteriors_are_pulled_to_each_other_only_above_the_free_nats():
     agent = small_agent()
     batch, start = some_batch(agent)
-    settings = batch, start, Percentiles(CPU), generator(), 3, 0.99
+    settings = batch, start, Percentiles(CPU), generator(), 3, 9, 0.99
     losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
     assert losses["dyn"] >= 1
     assert losses["rep"] >= 1
@@ -639,13 +664,13 @@ def test_sizes_that_cannot_be_halved_are_refused(side):
 def test_discount_is_not_rounded_in_half_precision():
     agent = small_agent(num_envs=1, bf16=True)
     with torch.no_grad():
-        agent.nets.going[-1].weight.zero_()
-        agent.nets.going[-1].bias.fill_(math.log(332))  # 1 - 1 / 333
+        agent.nets.con[-1].weight.zero_()
+        agent.nets.con[-1].bias.fill_(math.log(332))  # 1 - 1 / 333
     batch, start = some_batch(agent)
     with torch.autocast("cpu", torch.bfloat16):
-        found = agent.nets.going(agent.nets.rssm.initial(1).feature()).float().sigmoid().item()
+        found = agent.nets.con(agent.nets.rssm.initial(1).feature()).float().sigmoid().item()
         losses, _, _ = dreamer.dreamer_loss(
-            agent.nets, agent.slow_critic, batch, start, Percentiles(CPU), generator(), 3, 1 - 1 / 333
+            agent.nets, agent.slow_critic, batch, start, Percentiles(CPU), generator(), 3, 9, 1 - 1 / 333
         )
     assert found == pytest.approx(1 - 1 / 333, abs=1e-4)
     assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)
@@ -657,7 +682,7 @@ def test_prior_learns_from_dyn_and_posterior_from_rep_and_not_the_other_way_roun
         network[-1].weight.data *= 30  # so that the KL is above the free nats
     batch, start = some_batch(agent, 1, 2)
     batch["is_first"][:] = True  # no state comes from another one's sample
-    settings = batch, start, Percentiles(CPU), generator(), 3, 0.99
+    settings = batch, start, Percentiles(CPU), generator(), 3, 9, 0.99
     losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
     assert losses["dyn"] > 1
     for name, trained, other in (("dyn", "prior", "posterior"), ("rep", "posterior", "prior")):
