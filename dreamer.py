@@ -145,7 +145,7 @@ class Args:
     replay_on_disk: bool = False
     """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints; the latent
     states stay in both."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
     warmup: int = 200
     """Updates during which the step size rises from 0 (DreamerV3: 1000)."""
