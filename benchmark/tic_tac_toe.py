@@ -7,7 +7,6 @@ ply by ply, with each position searched once, together with all others of that p
 from collections.abc import Callable
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 
 import muzero
@@ -73,7 +72,7 @@ def measure(runs: list[Path]) -> str:
             game, policies = policies_of(run)
         except muzero.Failure as error:
             raise FileNotFoundError(str(error)) from error
-        if not isinstance(game, gym.Env) or game.rows * game.columns > 9:
+        if not isinstance(game, muzero.KInARow) or game.rows * game.columns > 9:
             raise FileNotFoundError(f"{run} is not a run of TicTacToe-v0")
         for name, policy in policies.items():
             for first in (True, False):

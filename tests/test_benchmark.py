@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, start
+from conftest import ROOT, start, tiny_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +209,9 @@ def test_games_of_a_run(tmp_path: Path):
     assert all(len(line.split("|")) == 9 for line in lines)
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         tic_tac_toe.measure([tmp_path])
+    muzero.train(tiny_args(muzero, total_timesteps=10, eval_episodes=1, run_dir=str(tmp_path / "other")))
+    with pytest.raises(FileNotFoundError, match="is not a run of TicTacToe-v0"):
+        tic_tac_toe.measure(list((tmp_path / "other").iterdir()))
 
 
 def test_a_baseline_is_run_collected_and_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
