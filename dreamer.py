@@ -555,11 +555,8 @@ class RSSM(nn.Module):
         action = action / action.abs().clamp(min=1).detach()
         inputs = (latent.deter, latent.stoch.flatten(1), action)
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
-        # Each block sees its own part of the deterministic state and all of x, which need not be copied for it.
-        own, shared = self.hidden.weight.split([self.size.deter // self.size.blocks, x.shape[1]], dim=1)
-        x = torch.addmm(self.hidden.bias.flatten(), x, shared.transpose(0, 1).flatten(1))
-        x = torch.baddbmm(self.blocked(x), self.blocked(latent.deter), own)  # (blocks, B, deter / blocks)
-        x = self.norm(x.transpose(0, 1).flatten(1))
+        x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
+        x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
         reset, cand, update = (
             self.gates(self.blocked(x)).transpose(0, 1).chunk(3, dim=-1)
         )  # (B, blocks, deter / blocks)
