@@ -131,7 +131,7 @@ class Args:
     """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
     standardise: bool = True
     """Scale the numbers of observations, after symlog, to mean 0 and deviation 1 in the replay. DreamerV3 does not; so
-    small ones, like the angle of a pole, add next to nothing to the loss, and the latent state does not keep them."""
+    small ones, like the angle of a pole, add next to nothing to the loss, and the latent state keeps them badly."""
     learning_starts: int = 1_024
     """Steps before the first update."""
     train_ratio: float = 256.0
@@ -153,7 +153,7 @@ class Args:
     """Steps imagined (DreamerV3: 15)."""
     imagination_starts: int = 4
     """States of each sequence, the last ones, that are imagined from and that the critic sees (DreamerV3: all of them).
-    Imagination is most of the work of an update, and larger batches are worth more than starts that are alike."""
+    From all of them, imagination is more than half of the work of an update."""
     horizon: int = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
@@ -961,8 +961,8 @@ def dreamer_loss(
     losses["policy"], losses["value"], ret = imagination_loss(
         rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles
     )
-    boot, rows = ret[:, 0].view(len(last), -1), (last, terminal, batch["reward"], feature)
-    last, terminal, reward, feature = (part[:, -starts:] for part in rows)
+    boot = ret[:, 0].view(len(last), -1)
+    last, terminal, reward, feature = (part[:, -starts:] for part in (last, terminal, batch["reward"], feature))
     with torch.no_grad():
         slow_value = slow_critic(feature)
     losses["repval"] = replay_value_loss(

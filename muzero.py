@@ -44,9 +44,9 @@ mctx. What differs from the papers:
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
          python muzero.py --help
-Expect:  CartPole-v1: return 500, the maximum, at 7,000, 8,000, 9,000 and 10,000 steps (4 of 4 seeds, 5 episodes each;
-         227 to 500 at 4,000, 5,000 and 6,000), 9 to 12 minutes on one of 2 busy and rather slow CPU cores. Other
-         environments: in the making.
+Expect:  CartPole-v1: return 500, the maximum, at 7,000, 8,000, 9,000 and 10,000 steps (4 of 4 seeds, on 2 of which the
+         settings were chosen; 5 episodes each; 227 to 500 at 4,000, 5,000 and 6,000), 9 to 12 minutes on one of 2 busy
+         and rather slow CPU cores. Other environments: in the making.
 """
 
 import argparse

@@ -149,7 +149,7 @@ LONG = {
 
 
 def endure(name: str) -> None:
-    """Steps of an agent, a million: prints steps a second and megabytes after 10,000 and at the end."""
+    """Steps of an agent, a million: prints steps a second and megabytes after 20,000 and at the end."""
     script = importlib.import_module(name)
     fields = {field: value for field, value in LONG.items() if hasattr(script.Args, field)}
     args = tiny_args(script, env_id=CORRIDOR.get(name, "Corridor-v0"), **fields)
