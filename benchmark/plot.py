@@ -6,8 +6,8 @@ bytes.
 """
 
 import csv
+import itertools
 from collections import defaultdict
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ def draw_panel(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = suite.ylim
     ours = dict.fromkeys(entry.label for entry in suite.entries if not entry.baseline)
-    colours, labels = dict(zip(ours, cycle(COLOURS), strict=False)), []
+    colours, labels = dict(zip(ours, itertools.cycle(COLOURS), strict=False)), []
     for entry in (entry for entry in suite.entries if entry.env_id == env):
         runs = algorithms[entry.label]
         x, scores = curves_of(suite, runs) if times is None else over_minutes(runs, times[env, entry.label])
@@ -214,21 +214,55 @@ def table(suite: Suite) -> str:
     return "\n".join(lines)
 
 
+def first_reached(suite: Suite) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(env, algorithm) -> environment steps and minutes of each run at its first evaluation of `suite.threshold` or
+    more; infinite where there is none."""
+    times, found = read_times(suite), {}
+    for env, algorithms in read_runs(suite).items():
+        for label, runs in algorithms.items():
+            reached = [(run[:, 0], np.flatnonzero(run[:, 1] >= suite.threshold)[:1]) for run in runs]
+            found[env, label] = [
+                (steps[first].item(), minutes[first].item()) if len(first) else (np.inf, np.inf)
+                for (steps, first), minutes in zip(reached, times[env, label], strict=True)
+            ]
+    return found
+
+
 def threshold_table(suite: Suite) -> str:
     """Markdown table: after how many steps and minutes an evaluation first reached `suite.threshold`."""
-    times = read_times(suite)
-    unit, per_minute = ("minutes", 1) if longest(times) >= 1 else ("seconds", 60)
+    unit, per_minute = ("minutes", 1) if longest(read_times(suite)) >= 1 else ("seconds", 60)
     lines = [
         f"| first evaluation of {suite.threshold:g} or more | seeds | environment steps | {unit} |",
         "|---|---|---|---|",
     ]
-    for env, algorithms in read_runs(suite).items():
-        for label, runs in algorithms.items():
-            reached = [(index, np.flatnonzero(run[:, 1] >= suite.threshold)) for index, run in enumerate(runs)]
-            first = [(index, where[0]) for index, where in reached if len(where)]
-            steps = listed([runs[index][at, 0] for index, at in first], 0)
-            passed = listed([times[env, label][index][at] * per_minute for index, at in first], 1)
-            lines.append(f"| {label} | {len(first)} of {len(runs)} | {steps} | {passed} |")
+    for (_, label), runs in first_reached(suite).items():
+        reached = [(steps, minutes * per_minute) for steps, minutes in runs if steps < np.inf]
+        steps, passed = (listed([run[column] for run in reached], column) for column in (0, 1))
+        lines.append(f"| {label} | {len(reached)} of {len(runs)} | {steps} | {passed} |")
+    return "\n".join(lines)
+
+
+def factors_table(suites: list[Suite]) -> str:
+    """Markdown table: how many times fewer steps, and how many times the minutes, an algorithm takes to a suite's
+    threshold, compared with each baseline of the suite; medians over the seeds. Where the median run of a baseline does
+    not get there, what it took in all is compared, so that the factor is a bound."""
+    lines = [
+        "| to a return of | algorithm | compared with | steps, times fewer | minutes, times as many |",
+        "|---" * 5 + "|",
+    ]
+    for suite in suites:
+        reached, runs, times = first_reached(suite), read_runs(suite), read_times(suite)
+        for entry, other in itertools.product(suite.entries, suite.entries):
+            ours, theirs = (np.median(reached[each.env_id, each.label], axis=0) for each in (entry, other))
+            if entry.baseline or not other.baseline or entry.env_id != other.env_id or np.isinf(ours).any():
+                continue
+            key, bound = (other.env_id, other.label), ("", "")
+            if np.isinf(theirs).any():
+                last = [(run[-1, 0], time[-1]) for run, time in zip(runs[key[0]][key[1]], times[key], strict=True)]
+                theirs, bound = np.median(last, axis=0), ("more than ", "less than ")
+            steps, minutes = theirs[0] / ours[0], ours[1] / theirs[1]
+            cells = f"{entry.env_id} {suite.threshold:g}", entry.label, other.label
+            lines.append(f"| {' | '.join(cells)} | {bound[0]}{steps:.1f} | {bound[1]}{minutes:.1f} |")
     return "\n".join(lines)
 
 
@@ -268,9 +302,14 @@ def page_of(suite: Suite) -> Path:
 
 
 def report(suites: list[Suite]) -> None:
-    """Puts the tables of suites into their pages, between `<!-- NAME -->` and `<!-- end -->`."""
-    for suite in (suite for suite in suites if (RESULTS / f"{suite.name}.csv").exists()):
-        begin, end, text = f"<!-- {suite.name} -->\n", "<!-- end -->", page_of(suite).read_text()
-        if begin in text:
-            before, rest = text.split(begin, 1)
-            page_of(suite).write_text(before + begin + "\n" + tables(suite) + "\n\n" + end + rest.split(end, 1)[1])
+    """Puts the tables of suites into their pages, between `<!-- NAME -->` and `<!-- end -->`, and what they have in
+    common, `<!-- factors -->`, beside those of the claims."""
+    suites = [suite for suite in suites if (RESULTS / f"{suite.name}.csv").exists()]
+    written = [(page_of(suite), suite.name, tables(suite)) for suite in suites]
+    compared = [suite for suite in suites if suite.threshold is not None and "/" not in suite.name]
+    written.append((RESULTS.parent / "claims" / "README.md", "factors", factors_table(compared)))
+    for page, name, text in written:
+        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+        if page.exists() and begin in page.read_text():
+            before, rest = page.read_text().split(begin, 1)
+            page.write_text(before + begin + "\n" + text + "\n\n" + end + rest.split(end, 1)[1])

@@ -259,6 +259,17 @@ def test_report_of_a_suite_with_a_threshold(tmp_path: Path, monkeypatch: pytest.
     assert plot.threshold_table(dataclasses.replace(suite, threshold=50)).splitlines()[-1] == (
         "| Dyna-Q+ | 0 of 2 | - | - |"
     )
+    assert plot.factors_table([suite]).splitlines()[2:] == ["| DynaMaze-v0 5 | Dyna-Q+ | Q-learning | 0.5 | 2.2 |"]
+    assert plot.factors_table([dataclasses.replace(suite, threshold=9)]).splitlines()[2:] == []
+    others = tuple(dataclasses.replace(entry, baseline=not entry.baseline) for entry in suite.entries)
+    others = dataclasses.replace(suite, threshold=8, entries=others)  # one of two runs each gets there
+    assert plot.factors_table([others]).splitlines()[2:] == []
+    soon, never = [np.array([[1e3, 9, 0]])] * 2, [np.array([[1e3, 0, 0], [2e3, 0, 0], [3e3, 0, 0]])] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "read_runs", lambda _: {"DynaMaze-v0": {"Q-learning": soon, "Dyna-Q+": never}})
+        assert plot.factors_table([others]).splitlines()[2:] == [
+            "| DynaMaze-v0 8 | Q-learning | Dyna-Q+ | more than 3.0 | less than 0.3 |"
+        ]
     assert plot.listed([3.0, 1.0], 0) == "3, 1"
     assert plot.listed([6_000.0, 2_000, 1_000, 3_000, 4_000, 5_000], 0) == "median 3,500 (1,000 to 6,000)"
     x, scores = plot.over_minutes(
