@@ -1212,9 +1212,10 @@ class Run:
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(
-                self.path / "args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}} | provenance()
-            )
+            saved, now = self.path / "args.json", provenance()
+            before = json.loads(saved.read_text()).get("made_with", []) if saved.exists() else []
+            made_with = [*(made for made in before if made != now), now]  # resumed elsewhere or later: all of them
+            write_json(saved, {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": made_with})
             # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
             self.events = open(self.path / "events.out.tfevents.0", "ab")
             self.events.truncate(offset)

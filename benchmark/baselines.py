@@ -103,7 +103,8 @@ def train(args: Args) -> dict:
     path = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
     episode = mbpo.Episode(mbpo.make_env(args), args.seed, 1)  # only counts
     run = mbpo.Run(args, agent, [episode], path)
-    mbpo.write_json(path / "args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}} | mbpo.provenance())
+    saved = {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": [mbpo.provenance()]}
+    mbpo.write_json(path / "args.json", saved)
 
     class Log(BaseCallback):
         def _on_step(self) -> bool:

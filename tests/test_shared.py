@@ -179,7 +179,7 @@ def test_copied_alone_to_an_empty_folder_it_runs(script, tmp_path):
     assert re.fullmatch(rf"\w+-v\d__{script.__name__}__1__\d{{8}}T\d{{6}}\.\d+", run.name)
     saved = json.loads((run / "args.json").read_text())
     assert saved["args"]["total_timesteps"] == 600
-    assert saved["versions"]["numpy"] == np.__version__
+    assert [made["versions"]["numpy"] for made in saved["made_with"]] == [np.__version__]
     outcome = result(run)
     assert outcome["env_steps"] == 600
     assert outcome["eval_episodes"] == 2
@@ -266,6 +266,17 @@ def test_a_run_can_be_made_longer(script, tmp_path, monkeypatch):
     longer, whole = learned(script, run), learned(script, only_run(tmp_path / "b"))
     assert longer["agent"] == whole["agent"]
     assert longer["returns"] == whole["returns"]
+
+
+def test_a_run_says_all_that_it_was_made_with(script, tmp_path, monkeypatch):
+    run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
+    run = only_run(tmp_path)
+    first = json.loads((run / "args.json").read_text())["made_with"]
+    run_script(script, monkeypatch, "--resume", run)
+    assert json.loads((run / "args.json").read_text())["made_with"] == first
+    monkeypatch.setattr(script, "provenance", lambda: {"versions": {}, "git_commit": "another"})
+    run_script(script, monkeypatch, "--resume", run)
+    assert json.loads((run / "args.json").read_text())["made_with"] == [*first, script.provenance()]
 
 
 def test_resuming_a_finished_run_changes_nothing(script, tmp_path, monkeypatch):
