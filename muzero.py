@@ -745,6 +745,7 @@ class Replay:
             "reward": np.zeros(capacity, np.float32),
             "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
             "value": np.zeros(capacity, np.float32),  # its value of the root; 0 for the state after a termination
+            "followed": np.zeros(capacity, bool),  # whether that policy still takes the action that was taken
             "legal": np.zeros((capacity, num_actions), bool),
             "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode, or part of one
             "terminated": np.zeros(capacity, bool),  # whether a termination is what ends it
@@ -762,7 +763,14 @@ class Replay:
         rows = (self.added + np.arange(count)) % capacity
         for name, values in columns.items():
             self.columns[name][rows] = values
+        self.judge(rows)
         self.added += count
+
+    def judge(self, rows: Array) -> None:
+        """Notes whether the policies of rows, which are new, take the actions that were taken there."""
+        policy, action = self.columns["policy"][rows], self.columns["action"][rows]
+        taken = np.take_along_axis(policy, action[:, None], axis=1)[:, 0]
+        self.columns["followed"][rows] = taken >= self.follow * policy.max(1)
 
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
@@ -773,18 +781,12 @@ class Replay:
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         steps = np.arange(n)[None]
         index = (rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity  # (R, n)
-        if self.follow:
-            ends = (steps >= ahead[:, None]) | ~self.followed(index)
-            ahead = np.where(ends.any(1), ends.argmax(1), ahead)
+        ends = (steps >= ahead[:, None]) | ~columns["followed"][index]
+        ahead = np.where(ends.any(1), ends.argmax(1), ahead)
         rewards = columns["reward"][index]
         discounts = float(gamma) ** np.arange(n + 1)
         rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % capacity]
-
-    def followed(self, rows: Array) -> Array:
-        """(...): whether the policies of rows (...) still take the actions that were taken there."""
-        policy, action = self.columns["policy"][rows], self.columns["action"][rows]
-        return np.take_along_axis(policy, action[..., None], -1)[..., 0] >= self.follow * policy.max(-1)
 
     def sample(
         self, count: int, steps: int, n: int, gamma: float, generator: np.random.Generator, next_obs: bool = False
@@ -1270,6 +1272,7 @@ class Agent:
         if len(rows):
             policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], None)
             columns["policy"][rows], columns["value"][rows] = policy, value
+            self.replay.judge(rows)
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode: a search without noise, which needs no seed."""

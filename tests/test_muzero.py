@@ -592,6 +592,9 @@ def test_reanalyze_puts_in_what_a_search_finds_now_and_leaves_ends_alone():
     policy, _, value, _ = agent.plan(columns["obs"][rows], columns["legal"][rows], None)
     np.testing.assert_allclose(columns["value"][rows], value, rtol=1e-4)
     np.testing.assert_allclose(columns["policy"][rows], policy, atol=1e-4)
+    taken = columns["policy"][rows, columns["action"][rows]]
+    np.testing.assert_array_equal(columns["followed"][rows], taken >= 0.5 * columns["policy"][rows].max(1))
+    assert 0 < columns["followed"][rows].mean() < 1
     assert columns["value"][7] == 0
     assert (np.abs(columns["value"][rows] - before["value"][rows]) > 1e-3).mean() > 0.9
     for name in ("obs", "action", "reward", "left", "priority", "legal"):
