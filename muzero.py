@@ -772,36 +772,37 @@ class Replay:
         taken = np.take_along_axis(policy, action[:, None], axis=1)[:, 0]
         self.columns["followed"][rows] = taken >= self.follow * policy.max(1)
 
+    def onwards(self, rows: Array, count: int) -> Array:
+        """(R,) -> (R, count): each row and what follows it; behind the last one of an episode, that one again."""
+        offset = np.minimum(np.arange(count), self.columns["left"][rows][:, None])
+        return (rows[:, None] + offset) % len(self.columns["left"])
+
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
         are left, v is the last one: 0 after a termination, the value of the last state after a truncation (that of the
         network, until the state is searched). With `follow`, n ends before the first action that today's policy would
         not take."""
-        columns, capacity = self.columns, len(self.columns["obs"])
+        columns, index, steps = self.columns, self.onwards(rows, n), np.arange(n)
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
-        steps = np.arange(n)[None]
-        index = (rows[:, None] + np.minimum(steps, ahead[:, None])) % capacity  # (R, n)
         ends = (steps >= ahead[:, None]) | ~columns["followed"][index]
         ahead = np.where(ends.any(1), ends.argmax(1), ahead)
         rewards = columns["reward"][index]
         discounts = float(gamma) ** np.arange(n + 1)
         rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
-        return rewards + discounts[ahead] * columns["value"][(rows + ahead) % capacity]
+        return rewards + discounts[ahead] * columns["value"][(rows + ahead) % len(columns["value"])]
 
     def sample(
         self, count: int, steps: int, n: int, gamma: float, generator: np.random.Generator, next_obs: bool = False
     ) -> tuple[Array, dict[str, Array]]:
         """Rows drawn by priority, and what `unrolled_loss` wants of them."""
-        columns, capacity = self.columns, len(self.columns["obs"])
+        columns = self.columns
         cumulated = columns["priority"].cumsum()
         rows = cumulated.searchsorted(generator.random(count) * cumulated[-1], side="right")
         probability = columns["priority"][rows] / cumulated[-1]
         weight = 1 / (np.count_nonzero(columns["priority"]) * probability)
 
-        left = columns["left"][rows][:, None]
-        offset = np.arange(steps + 1)[None]
-        index = (rows[:, None] + np.minimum(offset, left)) % capacity  # (B, K + 1)
-        acting = offset < left
+        index = self.onwards(rows, steps + 1)  # (B, K + 1)
+        acting = np.arange(steps + 1) < columns["left"][rows][:, None]
         known = acting | columns["terminated"][rows][:, None]
         action = np.where(
             acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
