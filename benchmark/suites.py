@@ -325,6 +325,30 @@ DECLARED = (
         threshold=-100,
         **EVALUATIONS,
     ),
+    # The other planners, each with its defaults.
+    Suite(
+        name="planners",
+        title="Planners with a learned ensemble (Pendulum-v1)",
+        entries=(
+            PETS_PENDULUM,
+            *(
+                Entry(label, "cem_mpc.py", "Pendulum-v1", 1_000, 3, arguments)
+                for label, arguments in (
+                    ("CEM, TS1", "--sampling ts1"),
+                    ("iCEM", "--planner icem"),
+                    ("MPPI", "--planner mppi"),
+                    ("gradient", "--planner gradient"),
+                    ("random shooting", "--planner random_shooting"),
+                )
+            ),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 1_000),
+        ylim=(-1_700, 0),
+        table_at=(250, 500, 750, 1_000),
+        threshold=-200,
+        **EVALUATIONS,
+    ),
     # What the textbooks say, measured: benchmark/claims.
     Suite(
         name="claims/model_error",
@@ -401,6 +425,16 @@ DECLARED = (
             Entry("from 100 steps on", "mbpo.py", "Pendulum-v1", 3_000, 3, "--learning-starts 100"),
             Entry("half", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio 0.5"),
             Entry("little by little", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio-steps 1000"),
+        ),
+        **MBPO_CLAIM,
+    ),
+    Suite(
+        name="claims/trust",
+        title="MBPO that trusts its model less where the ensemble disagrees (Pendulum-v1)",
+        entries=(
+            MBPO_PENDULUM,
+            Entry("rollouts end there", "mbpo.py", "Pendulum-v1", 3_000, 3, "--max-disagreement 0.5"),
+            Entry("transitions weigh less", "mbpo.py", "Pendulum-v1", 3_000, 3, "--weigh-disagreement"),
         ),
         **MBPO_CLAIM,
     ),
