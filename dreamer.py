@@ -152,8 +152,8 @@ class Args:
     imagination_horizon: int = 15
     """Steps imagined (DreamerV3: 15)."""
     imagination_starts: int = 4
-    """States of each sequence, the last ones, that are imagined from and that the critic sees (DreamerV3: all of them).
-    From all of them, imagination is more than half of the work of an update."""
+    """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them). From all of them,
+    imagination is more than half of the work of an update."""
     horizon: int = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
@@ -911,7 +911,7 @@ def imagination_loss(
 def replay_value_loss(
     last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, value: Tensor, slow_value: Tensor, bins: Tensor, disc: float
 ) -> Tensor:
-    """The critic on real sequences, (B, T) -> (B, T - 1); `boot`: the imagined return from each state."""
+    """The critic on real sequences, (B, T) -> (B, T - 1); `boot`: the imagined return from each state, or its value."""
     ret = lambda_return(last, term, rew, boot, disc)
     return (1 - last[:, :-1]) * critic_loss(value, slow_value, ret, bins)
 
@@ -961,13 +961,12 @@ def dreamer_loss(
     losses["policy"], losses["value"], ret = imagination_loss(
         rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles
     )
-    boot = ret[:, 0].view(len(last), -1)
-    last, terminal, reward, feature = (part[:, -starts:] for part in (last, terminal, batch["reward"], feature))
+    value = nets.critic(feature)
     with torch.no_grad():
         slow_value = slow_critic(feature)
-    losses["repval"] = replay_value_loss(
-        last, terminal, reward, boot, nets.critic(feature), slow_value, nets.bins, disc
-    )
+        boot = twohot_mean(value, nets.bins)  # where nothing was imagined; elsewhere the imagined return
+        boot[:, -starts:] = ret[:, 0].view(len(last), -1)
+    losses["repval"] = replay_value_loss(last, terminal, batch["reward"], boot, value, slow_value, nets.bins, disc)
     logs = {
         "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
         "model/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),

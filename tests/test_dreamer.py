@@ -294,6 +294,8 @@ def some_batch(agent: dreamer.Agent, rows: int = 2, length: int = 5) -> tuple[di
 
 def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
     agent, imagined, replayed = small_agent(), [], []
+    for network in (agent.nets.reward, agent.nets.critic):  # whose last layer is zero at first
+        torch.nn.init.normal_(network[-1].weight, generator=generator(7))
     step, value = agent.nets.rssm.imagine_step, dreamer.replay_value_loss
 
     def recorded_step(latent: Latent, *rest: object) -> Latent:
@@ -311,10 +313,13 @@ def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
     _, latent, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
     assert [len(deter) for deter in imagined] == 3 * [4]
     torch.testing.assert_close(imagined[0], latent.deter[:, -2:].flatten(0, 1))
-    ((_, _, reward, boot, critic, *_),) = replayed
-    torch.testing.assert_close(reward, batch["reward"][:, -2:])
-    torch.testing.assert_close(critic, agent.nets.critic(latent.feature()[:, -2:]))
-    assert boot.shape == (2, 2)
+    ((_, _, reward, boot, critic, *_),) = replayed  # the critic learns from all states
+    torch.testing.assert_close(reward, batch["reward"])
+    torch.testing.assert_close(critic, agent.nets.critic(latent.feature()))
+    values = dreamer.twohot_mean(critic, agent.nets.bins)
+    torch.testing.assert_close(boot[:, :-2], values[:, :-2])
+    assert (boot[:, -2:] != values[:, -2:]).all()  # where something was imagined, it is the imagined return
+    assert not boot.requires_grad
 
 
 def gradients(agent: dreamer.Agent, name: str) -> set[str]:
