@@ -288,16 +288,21 @@ class Episode:
         self.actions: list[Any] = []
         self.episodic_return = 0.0
         try:
-            self.obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
-            check_observation(self.obs, self.env.observation_space)
+            obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
+            self.take(obs)
         except Exception as error:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
+
+    def take(self, obs: Any) -> None:
+        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        check_observation(obs, self.env.observation_space)
+        self.obs = copy.deepcopy(obs)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
         """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
-            self.obs, reward, terminated, truncated, self.info = self.env.step(action)
-            check_observation(self.obs, self.env.observation_space)
+            obs, reward, terminated, truncated, self.info = self.env.step(action)
+            self.take(obs)
             if not math.isfinite(reward):
                 raise ValueError(f"reward is {reward}")
         except Exception as error:

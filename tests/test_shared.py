@@ -590,6 +590,27 @@ def test_a_restored_episode_continues_as_the_original(script, monkeypatch, env_i
             np.testing.assert_equal(original.obs, restored.obs)
 
 
+def test_observations_stay_as_they_were_when_an_environment_reuses_its_array(script, monkeypatch):
+    monkeypatch.setattr(script, "check_observation", lambda obs, space: None)
+
+    class Reuses(gym.Env):
+        observation_space, action_space, array = gym.spaces.Box(0, 9, (1,)), gym.spaces.Discrete(2), np.zeros(1)
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+            self.array[:] = 0
+            return self.array, {}
+
+        def step(self, action: int) -> tuple:
+            self.array += 1
+            return self.array, 0.0, False, False, {}
+
+    episode = script.Episode(Reuses(), 1)
+    first = episode.obs
+    second = episode.step(0)[0]
+    third = episode.step(0)[0]
+    assert [float(obs[0]) for obs in (first, second, third)] == [0, 1, 2]
+
+
 def test_seeds_of_different_purposes_differ(script):
     seeds = {script.seed_of(seed, purpose, index) for seed in range(5) for purpose in range(5) for index in range(50)}
     assert len(seeds) == 5 * 5 * 50
