@@ -28,18 +28,20 @@ The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi 
 
 `--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
 at the root some actions are drawn without replacement, and again and again the worse half of them is dropped, which
-improves the policy with any number of simulations. With `--min-range 0` both searches take the same steps as DeepMind's
-mctx. What differs from the papers:
+improves the policy with any number of simulations. With `--min-range 0` and without noise both searches take the same
+steps as DeepMind's mctx. What differs from the papers:
 
-    - The value that a search stores is that of the policy which it found. The mean of what came back through the root,
-      the papers' choice, also counts the actions that the search tried and dropped.
+    - The value that a Gumbel search stores is that of the policy which it found. The mean of what came back through the
+      root, the papers' choice, also counts the actions that the search tried and dropped.
     - Value targets use the rewards of an old episode only up to the first action that today's policy would not take any
       more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
     - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
-      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
-      these the model blurs what an action changes.
+      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. On the
+      cart pole the model blurred what an action changes without these.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
+    - One observation is all that a state is made of; the reward is foretold from the state that it leads to; and the
+      optimizer is Adam.
 
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
@@ -154,9 +156,9 @@ class Args:
     temperature: float = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature), always the same (MuZero lowers it)."""
     min_range: float = 0.05
-    """In each node Q is divided by its range there, but by no less than this share of the range of all values in the
-    replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; 0: as in
-    mctx."""
+    """In each node Q is divided by its range there, but by no less than this share of the range of 0 and all values in
+    the replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; 0: as
+    in mctx."""
 
     learning_starts: int = 500
     """Steps before the first update."""
@@ -514,7 +516,7 @@ for _name, _kwargs in (("TicTacToe-v0", {}), ("KInARow-v0", {"rows": 6, "columns
 
 
 Array = np.ndarray
-# What a search asks of the model: (latent (B, L), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
+# What a search asks of the model: (latent (B, ...), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
 Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
 
 
@@ -695,7 +697,7 @@ def unrolled_loss(
     net: Net, parameters: Parameters, batch: dict[str, Tensor], value_weight: float, consistency_weight: float = 0.0
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
-    (B, K + 1, ...); known (B, K + 1): 0 from a truncation on; acting (B, K + 1): 0 from the end of the episode on;
+    (B, K + 1, ...); known (B, K + 1): 0 from where an episode is cut off on; acting (B, K + 1): 0 from its end on;
     weight (B,); with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss,
     the first value predictions (B,), and the losses of each step: (K + 1,), of rewards and consistency (K,).
 
@@ -708,7 +710,7 @@ def unrolled_loss(
         latents.append(net.dynamics(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
     logits = net.predict(parameters, torch.stack(latents, dim=1).flatten(0, 1))
     reward_logits, value_logits, policy_logits = (part.view(count, steps + 1, -1) for part in logits)
-    share = torch.full((1, steps + 1), 1 / max(steps, 1), device=value_logits.device)
+    share = torch.full((1, steps + 1), 1 / steps, device=value_logits.device)
     share[:, 0] = 1.0
 
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -763,14 +765,15 @@ class Replay:
         """Rows that are filled."""
         return min(self.added, len(self.columns["obs"]))
 
-    def add(self, columns: dict[str, Array]) -> None:
-        """Appends rows, not more than the capacity."""
+    def add(self, columns: dict[str, Array]) -> Array:
+        """Appends rows, not more than the capacity; returns where they are."""
         count, capacity = len(columns["obs"]), len(self.columns["obs"])
         rows = (self.added + np.arange(count)) % capacity
         for name, values in columns.items():
             self.columns[name][rows] = values
         self.judge(rows)
         self.added += count
+        return rows
 
     def judge(self, rows: Array) -> None:
         """Notes whether the policies of rows, which are new, take the actions that were taken there."""
@@ -988,6 +991,7 @@ def muzero_search(
     return visits / visits.sum(1, keepdims=True), visits.argmax(1)
 
 
+@cache
 def halving_schedule(considered: int, num_simulations: int) -> list[int]:
     """Sequential halving (Gumbel MuZero, algorithm 2): for each simulation, how many visits the action that it starts
     with has had. `considered` actions are tried equally often, then the better half of them, and so on."""
@@ -1106,7 +1110,7 @@ class Agent:
     def row(self, obs: Any) -> Array:
         """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
         if isinstance(self.space, gym.spaces.Discrete):
-            return np.eye(int(self.space.n), dtype=np.float32)[int(obs) - int(self.space.start)]
+            return (np.arange(self.space.n) == int(obs) - int(self.space.start)).astype(np.float32)
         return np.asarray(obs, self.replay.columns["obs"].dtype).reshape(self.obs_shape)
 
     def unit(self, rows: Array) -> Array:
@@ -1227,23 +1231,25 @@ class Agent:
             "terminated": np.full(length + 1, terminated),
             "priority": np.zeros(length + 1),
         }
-        capacity = len(self.replay.columns["obs"])
-        rows = (self.replay.added + np.arange(length)) % capacity
-        self.replay.add(columns)
+        rows = self.replay.add(columns)[:-1]
         if self.replay.added >= 1.01 * self.measured:
             self.measure()
-        error = np.abs(self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
-        self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
+        self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
         if terminated:  # what came in the end is known: how well did the search foresee it?
             came, following = np.empty(length), 0.0
             for t in reversed(range(length)):
                 came[t] = following = reward[t] + args.gamma * following
             self.logs["planner/value_error"] = float(np.abs(came - value).mean())
 
+    def prioritise(self, rows: Array, error: Array) -> None:
+        """Positions are drawn the oftener, the farther their value was from its target."""
+        self.replay.columns["priority"][rows] = (np.abs(error) + 1e-3) ** self.args.priority_exponent
+
     def measure(self) -> None:
-        """The range of values in the replay, and mean and deviation of vectors; anew when it has got 1 % more rows."""
+        """The range of 0 and the replay's values, mean and deviation of vectors; anew when it has got 1 % more rows."""
         columns, used = self.replay.columns, self.replay.used
-        self.value_range, self.measured = float(np.ptp(columns["value"][:used])), self.replay.added
+        values = np.append(columns["value"][:used], 0)  # where no episode ends, all values may be large and the same
+        self.value_range, self.measured = float(np.ptp(values)), self.replay.added
         if self.standardises:
             mean, std = (reduce(columns["obs"][:used], axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
             self.mean, self.std = mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
@@ -1266,14 +1272,13 @@ class Agent:
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters.parameters(), args.max_grad_norm)
             self.optimizer.step()
-            error = np.abs(value.cpu().numpy() - batch["value"][:, 0])
-            self.replay.columns["priority"][rows] = (error + 1e-3) ** args.priority_exponent
+            self.prioritise(rows, value.cpu().numpy() - batch["value"][:, 0])
             self.updates += 1
 
     def reanalyze(self, count: int) -> None:
-        """Replaces policies and values of old positions by those that a search finds now (Schrittwieser et al. 2021,
-        "Online and offline reinforcement learning by planning with a learned model", with the latest network instead of
-        a slower one)."""
+        """Replaces policies and values of old positions by those that a search finds now, without noise (Schrittwieser
+        et al. 2021, "Online and offline reinforcement learning by planning with a learned model", with the latest
+        network instead of a slower one)."""
         columns, rows = self.replay.columns, self.replay.searchable(count, self.rng, self.masked)
         self.searched_again += count
         if len(rows):
@@ -1627,7 +1632,7 @@ def play(folder: str) -> dict:
     policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
     for game in itertools.count():
         (obs, info), done = env.reset(), False
-        print(f"You are {'XO'[game % 2]}; moves are counted from 0 at the top left. Enter alone ends the game.")
+        print(f"You are {'XO'[game % 2]}; moves are counted from 0 on the left (top). Enter alone ends the game.")
         while not done:
             print(f"{env.render()}\n")
             yours = env.unwrapped.turns % 2 == game % 2
@@ -1653,9 +1658,10 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     if args.play:
         return play(args.play)
-    if args.gamma < 0 and any(option.startswith("opponent=") for option in args.env_kwargs):
-        raise Failure("--gamma below 0 is for self-play; with an opponent in --env-kwargs, give one above 0")
     envs = [make_env(args) for _ in range(args.num_envs)]
+    game = envs[0].unwrapped
+    if isinstance(game, KInARow) and (args.gamma < 0) != (game.opponent is None):
+        raise Failure("--gamma must be below 0 in self-play, and above 0 with an opponent in --env-kwargs")
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
     run = Run(args, agent, episodes)

@@ -621,7 +621,13 @@ def test_the_range_of_values_does_not_shrink_where_most_are_alike():
     agent.replay.added = 100
     agent.replay.columns["value"][:100] = [3.0, *[75.0] * 99]
     agent.measure()
-    assert agent.value_range == 72
+    assert agent.value_range == 75
+    agent.replay.columns["value"][:100] = 75.0  # where no episode ends
+    agent.measure()
+    assert agent.value_range == 75
+    agent.replay.columns["value"][:100] = [-9.0, *[-8.0] * 99]
+    agent.measure()
+    assert agent.value_range == 9
 
 
 def test_an_agent_knows_whether_some_actions_are_not_allowed():

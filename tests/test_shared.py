@@ -393,7 +393,8 @@ BAD_ARGS = {
         ("--unroll-steps -1", "--unroll-steps must be"),
         ("--support 0", "--support must be"),
         ("--learning-rate nan", "--learning-rate must be"),
-        ("--env-id TicTacToe-v0 --env-kwargs opponent=9", "--gamma below 0 is for self-play"),
+        ("--env-id TicTacToe-v0 --env-kwargs opponent=9", "--gamma must be below 0 in self-play, and above 0"),
+        ("--env-id TicTacToe-v0 --gamma 0.99", "--gamma must be below 0 in self-play"),
     ],
     "dreamer": [
         ("--env-id Blackjack-v1", "observations must be .* not Tuple"),
