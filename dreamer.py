@@ -22,17 +22,18 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
     for each environment step:
         Update the state by the observation, act by the actor; store the step and the state in the replay
         every few steps (`train_ratio`):
-            Draw B sequences of T steps; infer their states                                  (world model, eq. 1 to 5)
-            Imagine H steps of the actor from each of the B * T states
-            lambda-returns of the imagined rewards and values                                (critic, eq. 6 and 7)
-            Update the world model, and by the returns the critic and, scaled by their range, the actor (eq. 8 and 9)
+            Draw B sequences of T steps; infer their states
+            Imagine H steps of the actor from these states
+            lambda-returns of the imagined rewards and values, and of the real ones
+            Update the world model, and by the returns the critic and, scaled by their range, the actor
             Store the states that were inferred
 
 Details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: the numbers
 of observations are standardised (`standardise`), and imagination starts from a part of the states only
 (`imagination_starts`); one layer, not several, gives all numbers of an observation, and both mean and deviation of the
-actor; one-hot choices in an observation are fitted by squared error, too; pictures are halved down to 4 x 4 whatever
-their size; evaluation takes the most likely action and does not draw.
+actor; one-hot choices in an observation are fitted by squared error, too; pictures are halved down to about 4 x 4
+whatever their size, and those of Atari games hold the last 4 frames; evaluation takes the most likely action and does
+not draw.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512 --learning-rate 4e-5    (GPU)
@@ -130,8 +131,9 @@ class Args:
     bf16: bool = False
     """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
     standardise: bool = True
-    """Scale the numbers of observations, after symlog, to mean 0 and deviation 1 in the replay. DreamerV3 does not; so
-    small ones, like the angle of a pole, add next to nothing to the loss, and the latent state keeps them badly."""
+    """Scale the numbers of observations, after symlog, to mean 0 and deviation 1 in the replay, and cut them off at 10.
+    DreamerV3 does not; so small ones, like the angle of a pole, add next to nothing to the loss, and the latent state
+    keeps them badly."""
     learning_starts: int = 1_024
     """Steps before the first update."""
     train_ratio: float = 256.0
@@ -152,8 +154,8 @@ class Args:
     imagination_horizon: int = 15
     """Steps imagined (DreamerV3: 15)."""
     imagination_starts: int = 4
-    """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them). From all of them,
-    imagination is more than half of the work of an update."""
+    """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them, which also any number
+    from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
     horizon: int = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
@@ -451,7 +453,7 @@ class Size(NamedTuple):
     deter: int  # deterministic state
     hidden: int  # layers of the state's dynamics
     classes: int  # of each of the `stoch` categorical latents
-    depth: int  # channels of the first convolution, over 2
+    depth: int  # channels of the convolutions, over 2, 3, 4 and 4
     units: int  # layers of encoder, decoder and heads
     stoch: int = 32
     blocks: int = 8  # of the recurrent weights
@@ -562,35 +564,34 @@ class RSSM(nn.Module):
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
         x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
         x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
-        reset, cand, update = (
-            self.gates(self.blocked(x)).transpose(0, 1).chunk(3, dim=-1)
-        )  # (B, blocks, deter / blocks)
+        gates = self.gates(self.blocked(x)).transpose(0, 1)  # (B, blocks, 3 * deter / blocks)
+        reset, cand, update = gates.chunk(3, dim=-1)
         cand = (reset.sigmoid() * cand).tanh().flatten(1)
         update = (update - 1).sigmoid().flatten(1)
         return update * cand + (1 - update) * latent.deter
 
-    def logits(self, found: Tensor) -> Tensor:
-        """(..., stoch * classes) -> log-probabilities (..., stoch, classes)."""
+    def log_probs(self, found: Tensor) -> Tensor:
+        """Logits (..., stoch * classes) -> log-probabilities (..., stoch, classes)."""
         return unimix(found.unflatten(-1, (self.size.stoch, self.size.classes)))
 
     def observe_step(
-        self, latent: Latent, action: Tensor, reset: Tensor, tokens: Tensor, generator: torch.Generator
+        self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Tensor]:
         """The state after the previous action and the new observation, and its posterior (B, stoch, classes). Where an
-        episode begins, state and action before it are zero."""
-        keep = (~reset).to(latent.deter.dtype)[:, None]
+        episode begins (`first`), state and action before it are zero."""
+        keep = (~first).to(latent.deter.dtype)[:, None]
         latent = Latent(latent.deter * keep, latent.stoch * keep[..., None])
         deter = self.core(latent, action * keep)
-        posterior = self.logits(self.posterior(torch.cat([deter, tokens], -1)))
+        posterior = self.log_probs(self.posterior(torch.cat([deter, tokens], -1)))
         return Latent(deter, straight_through(sample_onehot(posterior.detach(), generator), posterior)), posterior
 
     def observe(
-        self, latent: Latent, action: Tensor, reset: Tensor, tokens: Tensor, generator: torch.Generator
+        self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Tensor]:
         """The same for sequences: action (B, T, A), of which [t] is the one before observation [t]."""
         latents, posteriors = [], []
         for t in range(action.shape[1]):
-            latent, posterior = self.observe_step(latent, action[:, t], reset[:, t], tokens[:, t], generator)
+            latent, posterior = self.observe_step(latent, action[:, t], first[:, t], tokens[:, t], generator)
             latents.append(latent)
             posteriors.append(posterior)
         deter, stoch = (torch.stack(parts, 1) for parts in zip(*latents, strict=True))
@@ -599,7 +600,7 @@ class RSSM(nn.Module):
     def imagine_step(self, latent: Latent, action: Tensor, generator: torch.Generator) -> Latent:
         """The state after an action, as the prior has it."""
         deter = self.core(latent, action)
-        return Latent(deter, sample_onehot(self.logits(self.prior(deter)), generator))
+        return Latent(deter, sample_onehot(self.log_probs(self.prior(deter)), generator))
 
 
 class Convolution(nn.Module):
@@ -675,7 +676,7 @@ class Decoder(nn.Module):
         if shapes.image:
             height, width, channels = shapes.image
             *depths, deepest = shapes.depths(size)
-            self.smallest = (deepest, height >> len(depths) + 1, width >> len(depths) + 1)
+            self.smallest = (deepest, height >> (len(depths) + 1), width >> (len(depths) + 1))
             self.spread = BlockLinear(size.deter, math.prod(self.smallest), size.blocks, generator)
             self.other = head(latents, math.prod(self.smallest), 2 * size.units, 1, 1.0, generator)
             self.norm = Norm(deepest, generator.device)
@@ -771,9 +772,9 @@ class Replay:
     """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
     is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state of then.
 
-    Sequences are drawn uniformly by where they begin, but each new one of `length` is served once before. With a
-    `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in which no
-    sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
+    Sequences are drawn uniformly by where they begin, but every `length` new steps are first served once as they are.
+    With a `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in
+    which no sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
     """
 
     def __init__(
@@ -815,6 +816,7 @@ class Replay:
         self.added[stream] += 1
         if self.added[stream] % self.length == 0:
             self.fresh.append((stream, int(self.added[stream] - self.length)))
+            del self.fresh[: -(len(self.added) * self.capacity // self.length + 1)]  # where there are few updates
 
     def starts(self) -> Array:
         """How many sequences each stream has, (streams,)."""
@@ -928,16 +930,16 @@ def dreamer_loss(
     start: Latent,
     percentiles: Percentiles,
     generator: torch.Generator,
-    horizon: int,
-    starts: int,
+    imagination_horizon: int,
+    imagination_starts: int,
     disc: float,
 ) -> tuple[dict[str, Tensor], Latent, dict[str, Tensor]]:
     """World model, actor and critic. `batch`, (B, T, ...): vector, image; prev_action: the action before each
-    observation; reward: that came with it; is_first, is_last, is_terminal. The last `starts` states of each sequence
-    are imagined from. Returns the losses, the posterior states and what else to log."""
+    observation; reward: that came with it; is_first, is_last, is_terminal. The last states of each sequence are
+    imagined from. Returns the losses, the posterior states and what else to log."""
     losses = {}
     latent, post = nets.rssm.observe(start, batch["prev_action"], batch["is_first"], nets.encoder(batch), generator)
-    prior, feature = nets.rssm.logits(nets.rssm.prior(latent.deter)), latent.feature()
+    prior, feature = nets.rssm.log_probs(nets.rssm.prior(latent.deter)), latent.feature()
     losses["dyn"] = kl(post.detach(), prior).clamp(min=1)  # free nats
     losses["rep"] = kl(post, prior.detach()).clamp(min=1)
     losses["rew"] = twohot_loss(nets.reward(feature).float().log_softmax(-1), batch["reward"], nets.bins)
@@ -949,9 +951,9 @@ def dreamer_loss(
         losses[name] = ((found - target) ** 2).flatten(2).sum(2)
 
     # Imagination; nothing of it has a gradient with respect to the world model.
-    state = Latent(*(part[:, -starts:].detach().flatten(0, 1) for part in latent))
+    state = Latent(*(part[:, -imagination_starts:].detach().flatten(0, 1) for part in latent))
     features, chosen = [state.feature()], []
-    for _ in range(horizon):
+    for _ in range(imagination_horizon):
         policy = nets.policy(features[-1])
         with torch.no_grad():
             action = policy.sample(generator)
@@ -970,7 +972,7 @@ def dreamer_loss(
     with torch.no_grad():
         slow_value = slow_critic(feature)
         boot = twohot_mean(value, nets.bins)  # where nothing was imagined; elsewhere the imagined return
-        boot[:, -starts:] = ret[:, 0].view(len(last), -1)
+        boot[:, -imagination_starts:] = ret[:, 0].view(len(last), -1)
     losses["repval"] = replay_value_loss(last, terminal, batch["reward"], boot, value, slow_value, nets.bins, disc)
     logs = {
         "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
@@ -995,6 +997,8 @@ class Observer:
         vector, image = self.parts(space, space.sample())
         self.vector = sum(len(part) for part in vector)
         self.numbers = np.array([part.dtype != bool for part in vector for _ in part], bool)  # not choices
+        if len({part.shape[:2] for part in image}) > 1:
+            raise Failure("pictures of an observation that are not of one size need an --image-size above 0")
         self.image = np.concatenate(image, axis=-1).shape if image else None
         if self.image and (min(self.image[:2]) < 8 or any(side % 2 ** halvings(self.image) for side in self.image[:2])):
             raise Failure(
@@ -1063,8 +1067,7 @@ class Agent:
         self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
         if args.compile:
             self.nets.rssm.core = torch.compile(self.nets.rssm.core)
-        # Of the first step of a sequence only the latent state and the action are used.
-        rows, length = args.replay_size // args.num_envs, args.batch_length + 1
+        rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # one before: its latent state, action
         # What is added between two checkpoints, twice: a row a step, and one more for each episode that ends.
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
         self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
@@ -1082,8 +1085,8 @@ class Agent:
     def tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
         """Rows of the replay as the networks want them."""
         found = {name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in rows}
-        if "vector" in found:
-            found["vector"] = (found["vector"] - self.mean) / self.std
+        if "vector" in found and self.args.standardise:
+            found["vector"] = ((found["vector"] - self.mean) / self.std).clamp(-10, 10)
         return {name: part.to(self.device) for name, part in found.items()}
 
     def measure(self) -> None:
@@ -1258,7 +1261,7 @@ class Agent:
         return self.logs
 
     def state_dict(self) -> dict:
-        """All that the next step depends on, as tensors and plain values."""
+        """All that the next step depends on, as tensors and plain values; to be asked for between two steps."""
         return {
             "nets": self.nets.state_dict(),
             "slow_critic": self.slow_critic.state_dict(),
@@ -1569,7 +1572,7 @@ def train(args: Args) -> dict:
                 run.log_episode(step, episode)
                 episode.reset()
         agent.update()
-        if agent.updates and agent.shapes.image and step // args.eval_every > (step - args.num_envs) // args.eval_every:
+        if agent.updates and agent.shapes.image and step // args.eval_every > run.step // args.eval_every:
             agent.film(path / "videos" / f"open_loop_{step}.gif")
     return run.finish()
 

@@ -451,6 +451,13 @@ def test_observation_is_a_vector_and_a_picture_of_the_size_that_was_asked_for():
     assert dreamer.Observer(env.observation_space, 0).image == (20, 24, 3)
 
 
+def test_pictures_of_two_sizes_need_one_to_be_resized_to():
+    pictures = {name: gym.spaces.Box(0, 255, (side, side, 3), np.uint8) for name, side in (("near", 8), ("far", 16))}
+    assert dreamer.Observer(gym.spaces.Dict(pictures), 16).image == (16, 16, 6)
+    with pytest.raises(dreamer.Failure, match="need an --image-size"):
+        dreamer.Observer(gym.spaces.Dict(pictures), 0)
+
+
 @pytest.mark.parametrize("side", [8, 16, 32, 64])
 def test_decoder_gives_back_pictures_of_the_encoders_size(side):
     shapes = Shapes(0, (side, side, 3), 2, True)
@@ -506,6 +513,9 @@ def test_new_sequences_are_served_once_before_any_other():
     assert replay.fresh == [(0, 8), (1, 8)]
     replay.sample(8, np.random.default_rng(0))
     assert replay.fresh == []
+    replay = filled(steps=1_000)  # without an update: those that are no longer there are forgotten
+    assert len(replay.fresh) == 2 * 20 // 4 + 1
+    assert replay.fresh[-2:] == [(0, 996), (1, 996)]
 
 
 def test_refreshed_states_are_found_again():
@@ -548,6 +558,8 @@ def test_numbers_are_standardised_and_choices_are_not():
     np.testing.assert_allclose(found[..., 5], 0, atol=1e-6)  # was always the same: no deviation to divide by
     chosen = np.array([[row["choice"] for row in rows] for rows in kept]).T
     np.testing.assert_array_equal(found[..., :3], np.eye(3)[chosen])
+    far = agent.observer({"choice": 1, "numbers": np.array([100.0, -1.0, 5.0])})["vector"][None]
+    assert agent.tensors({"vector": far})["vector"][0, 4] == -10
 
 
 @pytest.mark.parametrize("standardise", [True, False])
