@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -372,3 +373,35 @@ def test_a_node_of_a_cluster_is_lost_and_the_results_are_the_same(folder, monkey
     collect.collect_suite(suite)
     assert (folder / "results" / "small.csv").read_bytes() == whole
     assert "goes on elsewhere" in capsys.readouterr().err
+
+
+def test_a_ball_is_caught_by_who_follows_it():
+    env = gym.make("benchmark.tasks:Catch-v0")
+    for seed in range(20):
+        obs, _ = env.reset(seed=seed)
+        done, steps = False, 0
+        while not done:
+            places = np.argwhere(obs[::2, ::2, 0] > 0)
+            ball, paddle = int(places[0][1]), int(places[-1][1])
+            obs, reward, done, _, _ = env.step(1 + np.sign(ball - paddle) * (-1 if seed % 2 else 1))
+            steps += 1
+        assert steps == 7
+        assert env.observation_space.contains(obs)
+        far = ball != 4  # where the paddle begins
+        assert reward == (-1 if seed % 2 and far else 1)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 10])
+def test_a_sign_is_seen_once_and_asked_for_in_the_end(delay: int):
+    env = gym.make("benchmark.tasks:Recall-v0", delay=delay)
+    for seed, right in itertools.product(range(6), (True, False)):
+        first, _ = env.reset(seed=seed)
+        sign = int(first[:2].argmax())
+        assert first.tolist() == [sign == 0, sign == 1, 0]
+        seen, rewards, done = [], [], False
+        while not done:
+            obs, reward, done, _, _ = env.step(sign if right else 1 - sign)
+            seen.append(obs.tolist())
+            rewards.append(reward)
+        assert seen == delay * [[0, 0, 0]] + [[0, 0, 1], [0, 0, 0]]
+        assert rewards == (delay + 1) * [0] + [float(right)]
