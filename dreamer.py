@@ -94,7 +94,7 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 12_000
+    total_timesteps: int = 10_000
     """Environment steps (calls of `env.step`) to learn for."""
     seed: int = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
@@ -136,9 +136,9 @@ class Args:
     keeps them badly."""
     learning_starts: int = 1_024
     """Steps before the first update."""
-    train_ratio: float = 256.0
+    train_ratio: float = 128.0
     """Steps that are replayed for each environment step (DreamerV3: 32 to 1024)."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Sequences of an update (DreamerV3: 16)."""
     batch_length: int = 16
     """Steps of each (DreamerV3: 64)."""

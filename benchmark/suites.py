@@ -300,6 +300,7 @@ DECLARED = (
         entries=(
             Entry("PETS", "cem_mpc.py", "CartPole-v1", 3_000, 5),
             Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20"),
+            Entry("Dreamer", "dreamer.py", "CartPole-v1", 50_000, 5),
             Entry("SB3 DQN", SB3, "CartPole-v1", 50_000, 5, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "CartPole-v1", 50_000, 5, "--algorithm ppo", baseline=True),
         ),
@@ -323,6 +324,19 @@ DECLARED = (
         ylim=(-500, 0),
         table_at=(2_000, 5_000, 10_000, 20_000, 50_000, 100_000),
         threshold=-100,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="pictures_and_memory",
+        title="Dreamer: a game of pictures, and a task of memory",
+        entries=(
+            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0"),
+            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Recall-v0", 8_000, 3),
+        ),
+        arguments="--eval-every 1000 --eval-episodes 50",
+        xlim=(0, 8_000),
+        ylim=(-1, 1),
+        table_at=(1_000, 2_000, 4_000, 6_000, 8_000),
         **EVALUATIONS,
     ),
     # The other planners, each with its defaults.

@@ -719,3 +719,8 @@ def test_what_is_trained_on_has_the_action_before_each_observation():
         np.testing.assert_array_equal(batch[name][0], rows[name][0, 1:])
     np.testing.assert_array_equal(start.deter[0], rows["deter"][0, 0])
     np.testing.assert_array_equal(start.stoch[0].argmax(-1), rows["stoch"][0, 0])
+
+
+@pytest.mark.slow
+def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
+    assert dreamer.train(dreamer.Args(run_dir=str(tmp_path)))["eval_return_mean"] >= 475
