@@ -752,7 +752,9 @@ class Replay:
             "action": np.zeros(capacity, np.int64),
             "reward": np.zeros(capacity, np.float32),
             "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
-            "value": np.zeros(capacity, np.float32),  # its value of the root; 0 for the state after a termination
+            "value": np.zeros(
+                capacity, np.float32
+            ),  # its value of the root; for the state after a termination 0, or who won
             "followed": np.zeros(capacity, bool),  # whether that policy still takes the action that was taken
             "legal": np.zeros((capacity, num_actions), bool),
             "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode, or part of one
@@ -788,9 +790,8 @@ class Replay:
 
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
-        are left, v is the last one: 0 after a termination, the value of the last state after a truncation (that of the
-        network, until the state is searched). With `follow`, n ends before the first action that today's policy would
-        not take."""
+        are left, v is that of the last state: as stored after a termination, after a truncation the network's, until
+        the state is searched. With `follow`, n ends before the first action that today's policy would not take."""
         columns, index, steps = self.columns, self.onwards(rows, n), np.arange(n)
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         ends = (steps >= ahead[:, None]) | ~columns["followed"][index]
@@ -813,6 +814,9 @@ class Replay:
         index = self.onwards(rows, steps + 1)  # (B, K + 1)
         acting = np.arange(steps + 1) < columns["left"][rows][:, None]
         known = acting | columns["terminated"][rows][:, None]
+        # Two players: after the end, too, the turn would change with each step, and with it the sign of the value.
+        turns = np.maximum(np.arange(steps + 1) - columns["left"][rows][:, None], 0)
+        value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** turns
         action = np.where(
             acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
         )
@@ -820,7 +824,7 @@ class Replay:
             "obs": columns["obs"][rows],
             "action": action[:, :-1],
             "reward": np.where(acting, columns["reward"][index], 0)[:, :-1],
-            "value": self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape).astype(np.float32),
+            "value": value.astype(np.float32),
             "policy": columns["policy"][index],
             "known": known.astype(np.float32),
             "acting": acting.astype(np.float32),
@@ -1218,7 +1222,9 @@ class Agent:
         args, length = self.args, len(part)
         obs, action, reward, policy, value, legal = (np.array(column) for column in zip(*part, strict=True))
         last_value = 0.0
-        if not terminated:
+        if terminated and args.gamma < 0:  # a game's end is told by values, which all positions have, and by no reward
+            last_value, reward[-1] = reward[-1] / args.gamma, 0
+        elif not terminated:
             last_value = self.heads(self.infer(self.net.represent, self.unit(last[None])))[2][0]
         columns = {
             "obs": np.concatenate([obs, last[None]]),
@@ -1236,7 +1242,7 @@ class Agent:
             self.measure()
         self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
         if terminated:  # what came in the end is known: how well did the search foresee it?
-            came, following = np.empty(length), 0.0
+            came, following = np.empty(length), last_value
             for t in reversed(range(length)):
                 came[t] = following = reward[t] + args.gamma * following
             self.logs["planner/value_error"] = float(np.abs(came - value).mean())

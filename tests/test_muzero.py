@@ -615,6 +615,24 @@ def test_value_error_is_against_the_rewards_that_came():
     assert agent.logs["planner/value_error"] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("won", [True, False])
+def test_of_two_players_all_positions_and_all_that_would_follow_tell_who_won(won: bool):
+    """The reward of the last move is told by values: 1 where the winner is to move, -1 where the other one is."""
+    settings = {"gamma": -1.0, "follow": 0.0, "learning_starts": 10**6, "unroll_steps": 4, "td_steps": 9}
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args(**settings))
+    legal, length = np.ones(2, bool), 5
+    agent.found = [(np.array([0.5, 0.5]), 0.3, legal)]
+    for t in range(length):
+        agent.observe(np.zeros(2), 1, float(won and t == length - 1), np.zeros(2), t == length - 1)
+    assert agent.logs["planner/value_error"] == pytest.approx(np.mean([abs(won * (-1) ** t - 0.3) for t in range(5)]))
+    rows, batch = agent.replay.sample(200, 4, 9, -1.0, np.random.default_rng(0))
+    assert set(rows) == set(range(length))
+    for row, value, reward, known in zip(rows, batch["value"], batch["reward"], batch["known"], strict=True):
+        assert value.tolist() == [won * (-1.0) ** (length - 1 - row - ahead) for ahead in range(5)]
+        assert not reward.any()
+        assert known.all()
+
+
 def test_the_range_of_values_does_not_shrink_where_most_are_alike():
     """Else the noise of a good agent's values would be stretched to the whole of [0, 1]."""
     agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args(learning_starts=10**6))
