@@ -222,7 +222,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     try:
         kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
-        env = wrap(gym.make(args.env_id, render_mode=render_mode, **kwargs), args)
+        drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
+        env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
         if render_mode:  # where a package for drawing is missing, this says so now and not after the training
             env.reset(seed=0)
             env.render()

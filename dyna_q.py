@@ -241,7 +241,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
     try:
         kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
-        env = gym.make(args.env_id, render_mode=render_mode, **kwargs)
+        drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
+        env = gym.make(args.env_id, **drawing, **kwargs)
         if render_mode:  # where a package for drawing is missing, this says so now and not after the training
             env.reset(seed=0)
             env.render()

@@ -40,6 +40,7 @@ steps as DeepMind's mctx. What differs from the papers:
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. On the
       cart pole the model blurred what an action changes without these.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
+    - With two players it is values that tell who won, before the end of a game and after it, and no reward does.
     - One observation is all that a state is made of; the reward is foretold from the state that it leads to; and the
       optimizer is Adam.
 
@@ -247,11 +248,14 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
+# Reanalysis, which is without noise, would leave self-play with a few games that it plays again and again.
 BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20, "support": 2}
+BOARD_GAME |= {"search": "puct", "dirichlet_alpha": 1.0, "min_range": 1.0, "follow": 0.0, "reanalyze_ratio": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "TicTacToe-v0": BOARD_GAME
     | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}
-    | {"td_steps": 9, "network": "mlp", "num_simulations": 25},
+    | {"td_steps": 9, "network": "mlp", "num_simulations": 25}
+    | {"hidden_size": 256, "batch_size": 64, "updates_per_step": 2.0},
     "KInARow-v0": BOARD_GAME
     | {"total_timesteps": 500_000, "decay_steps": 500_000, "eval_every": 20_000, "eval_env_kwargs": ("opponent=4",)}
     | {"td_steps": 42, "num_simulations": 50},
@@ -291,7 +295,8 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     try:
         kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
-        env = wrap(gym.make(args.env_id, render_mode=render_mode, **kwargs), args)
+        drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
+        env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
         if render_mode:  # where a package for drawing is missing, this says so now and not after the training
             env.reset(seed=0)
             env.render()

@@ -612,6 +612,19 @@ def test_observations_stay_as_they_were_when_an_environment_reuses_its_array(scr
     assert [float(obs[0]) for obs in (first, second, third)] == [0, 1, 2]
 
 
+class Undrawn(gym.Env):
+    observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
+
+
+gym.register("Undrawn-v0", entry_point=Undrawn)
+
+
+def test_an_environment_that_cannot_be_drawn_needs_no_render_mode(script):
+    assert isinstance(script.make_env(script.Args(env_id="Undrawn-v0")).unwrapped, Undrawn)
+    with pytest.raises(script.Failure, match="render_mode"):
+        script.make_env(script.Args(env_id="Undrawn-v0"), "rgb_array")
+
+
 def test_seeds_of_different_purposes_differ(script):
     seeds = {script.seed_of(seed, purpose, index) for seed in range(5) for purpose in range(5) for index in range(50)}
     assert len(seeds) == 5 * 5 * 50
