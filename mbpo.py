@@ -50,7 +50,7 @@ Expect:  Pendulum-v1 swung up: return -130 over 5 episodes after 3,000 steps (me
          and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one update a step, 82 to 177 after
          6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried). After 5,000 steps
          InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 38 minutes); without a model, with one
-         update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 steps already (the one seed tried).
+         update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one seed tried).
          Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with one update
          a step, -8.4, -7.9, -9.6. Hopper-v5: 988, 1010, 361 at 7,500, 10,000, 12,500 steps (1 seed, stopped there).
 """
