@@ -757,9 +757,7 @@ class Replay:
             "action": np.zeros(capacity, np.int64),
             "reward": np.zeros(capacity, np.float32),
             "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
-            "value": np.zeros(
-                capacity, np.float32
-            ),  # its value of the root; for the state after a termination 0, or who won
+            "value": np.zeros(capacity, np.float32),  # its value of the root; after a termination 0, or who won
             "followed": np.zeros(capacity, bool),  # whether that policy still takes the action that was taken
             "legal": np.zeros((capacity, num_actions), bool),
             "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode, or part of one
@@ -783,7 +781,7 @@ class Replay:
         return rows
 
     def judge(self, rows: Array) -> None:
-        """Notes whether the policies of rows, which are new, take the actions that were taken there."""
+        """Notes whether the policies of rows, which have changed, take the actions that were taken there."""
         policy, action = self.columns["policy"][rows], self.columns["action"][rows]
         taken = np.take_along_axis(policy, action[:, None], axis=1)[:, 0]
         self.columns["followed"][rows] = taken >= self.follow * policy.max(1)
@@ -817,10 +815,11 @@ class Replay:
         weight = 1 / (np.count_nonzero(columns["priority"]) * probability)
 
         index = self.onwards(rows, steps + 1)  # (B, K + 1)
-        acting = np.arange(steps + 1) < columns["left"][rows][:, None]
+        offset, left = np.arange(steps + 1), columns["left"][rows][:, None]
+        acting = offset < left
         known = acting | columns["terminated"][rows][:, None]
         # Two players: after the end, too, the turn would change with each step, and with it the sign of the value.
-        turns = np.maximum(np.arange(steps + 1) - columns["left"][rows][:, None], 0)
+        turns = np.maximum(offset - left, 0)
         value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** turns
         action = np.where(
             acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
@@ -1643,7 +1642,9 @@ def play(folder: str) -> dict:
     policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
     for game in itertools.count():
         (obs, info), done = env.reset(), False
-        print(f"You are {'XO'[game % 2]}; moves are counted from 0 on the left (top). Enter alone ends the game.")
+        print(
+            f"You are {'XO'[game % 2]}; moves are counted from 0, from the left and the top. Enter alone ends the game."
+        )
         while not done:
             print(f"{env.render()}\n")
             yours = env.unwrapped.turns % 2 == game % 2
