@@ -71,7 +71,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -206,7 +206,8 @@ class Args:
     channels: int = 32
     """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
     support: int = 25
-    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25."""
+    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25. With a
+    negative `gamma` they are not scaled: lost, drawn and won for 1."""
 
     def __post_init__(self):
         check_ranges(
@@ -248,17 +249,19 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# Reanalysis, which is without noise, would leave self-play with a few games that it plays again and again.
-BOARD_GAME = {"gamma": -1.0, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20, "support": 2}
-BOARD_GAME |= {"search": "puct", "dirichlet_alpha": 1.0, "min_range": 1.0, "follow": 0.0, "reanalyze_ratio": 0.0}
+# Whatever an opponent does is to be answered: self-play of games explores widely, by noise and temperature, while
+# `follow` and reanalysis keep the values those of good play.
+BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
+BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
+BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 2.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "TicTacToe-v0": BOARD_GAME
     | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}
-    | {"td_steps": 9, "network": "mlp", "num_simulations": 25}
-    | {"hidden_size": 256, "batch_size": 64, "updates_per_step": 2.0},
+    | {"td_steps": 9, "network": "mlp", "hidden_size": 256}
+    | {"batch_size": 64, "updates_per_step": 2.0, "learning_rate": 3e-3},
     "KInARow-v0": BOARD_GAME
     | {"total_timesteps": 500_000, "decay_steps": 500_000, "eval_every": 20_000, "eval_env_kwargs": ("opponent=4",)}
-    | {"td_steps": 42, "num_simulations": 50},
+    | {"td_steps": 42},
 }
 
 
@@ -553,19 +556,20 @@ def softmax(logits: Values) -> Values:
     return exp / exp.sum(-1, keepdims=True)
 
 
-def two_hot(x: Tensor, support: int) -> Tensor:
-    """(...) -> (..., 2 * support + 1): weight on the two whole numbers next to h(x), of which it is the mean."""
-    x = scale(x).clamp(-support, support) + support
+def two_hot(x: Tensor, support: int, scaled: bool = True) -> Tensor:
+    """(...) -> (..., 2 * support + 1): weight on the two whole numbers around h(x), or x, of which it is the mean."""
+    x = (scale(x) if scaled else x).clamp(-support, support) + support
     low = x.floor().clamp(max=2 * support - 1)
     share = (x - low)[..., None]
     low = F.one_hot(low.long(), 2 * support + 1)
     return (1 - share) * low + share * low.roll(1, dims=-1)
 
 
-def expectation(logits: Values) -> Values:
+def expectation(logits: Values, scaled: bool = True) -> Values:
     """(..., 2 * support + 1) -> (...): the inverse of `two_hot`, of logits."""
     bins = np.arange(logits.shape[-1], dtype=np.float32) - logits.shape[-1] // 2
-    return unscale(softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins))
+    mean = softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins)
+    return unscale(mean) if scaled else mean
 
 
 HEADS = ("reward", "value", "policy")  # in the order in which `predict` gives their logits
@@ -577,6 +581,7 @@ class Net(NamedTuple):
     represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
     dynamics: Callable[..., Values]  # latents, actions (B,) -> the next latents
     predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
+    scaled: bool  # whether rewards and values are scaled by h; who won a game, -1, 0 or 1, is a category as it is
 
 
 def make_network(
@@ -584,14 +589,14 @@ def make_network(
 ) -> tuple[Net, nn.ParameterDict]:
     """A network for vectors (size,) or for images and boards (height, width, channels), with PyTorch's initial values
     drawn from our own generator."""
-    hidden, bins, channels = args.hidden_size, 2 * args.support + 1, args.channels
+    hidden, bins, channels, scaled = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma >= 0
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net, planes = Net(represent, dynamics, predict), args.latent_size
+        net, planes = Net(represent, partial(dynamics, turns=not scaled), predict, scaled), args.latent_size
         shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
         shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
     else:
-        net, (height, width, planes) = Net(represent_image, dynamics_image, predict_image), obs_shape
+        (height, width, planes), net = obs_shape, Net(represent_image, dynamics_image, predict_image, scaled)
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
             height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
@@ -639,12 +644,13 @@ def represent(parameters: Parameters, obs: Values) -> Values:
     return bounded(dense(parameters, "latent", relu(dense(parameters, "represent", obs))))
 
 
-def dynamics(parameters: Parameters, latent: Values, action: Values) -> Values:
-    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`."""
+def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool = False) -> Values:
+    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`. `turns`: seen by the other player."""
     # The rows of the weights behind the latent's are what a one-hot action selects.
     weight, size = parameters["step_weight"], latent.shape[-1]
     hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
-    return bounded(latent + dense(parameters, "next_latent", hidden))  # most steps change little
+    change = dense(parameters, "next_latent", hidden)
+    return bounded(change if turns else latent + change)  # most steps change little, but not where the view turns
 
 
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
@@ -722,9 +728,10 @@ def unrolled_loss(
         return -(target * logits.log_softmax(-1)).sum(-1)
 
     support = value_logits.shape[-1] // 2
-    value = cross_entropy(value_logits, two_hot(batch["value"], support)) * batch["known"]
+    value = cross_entropy(value_logits, two_hot(batch["value"], support, net.scaled)) * batch["known"]
     policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
-    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support)) * batch["known"][:, :-1]
+    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, net.scaled))
+    reward = reward * batch["known"][:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
     logs = {"value_loss": value, "policy_loss": policy, "reward_loss": reward}
     if consistency_weight:
@@ -736,7 +743,7 @@ def unrolled_loss(
         logs["consistency_loss"] = distance
     return (
         (batch["weight"] * total).mean(),
-        expectation(value_logits[:, 0]).detach(),
+        expectation(value_logits[:, 0], net.scaled).detach(),
         {name: loss.detach().mean(0) for name, loss in logs.items()},
     )
 
@@ -1138,7 +1145,7 @@ class Agent:
     def heads(self, latent: Array) -> tuple[Array, Array, Array]:
         """latent (B, ...) -> rewards (B,), policy logits (B, A), values (B,)."""
         reward, value, policy = self.infer(self.net.predict, latent)
-        reward, value = expectation(np.stack([reward, value]))
+        reward, value = expectation(np.stack([reward, value]), self.net.scaled)
         return reward, policy, value
 
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:

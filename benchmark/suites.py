@@ -327,6 +327,16 @@ DECLARED = (
         **EVALUATIONS,
     ),
     Suite(
+        name="tic_tac_toe",
+        title="Tic-tac-toe by self-play: evaluation against perfect play, of which no more than 0 can be had",
+        entries=(Entry("MuZero", "muzero.py", "TicTacToe-v0", 50_000, 5),),
+        arguments="",
+        xlim=(0, 50_000),
+        ylim=(-1, 0.05),
+        table_at=(5_000, 10_000, 20_000, 30_000, 40_000, 50_000),
+        **EVALUATIONS,
+    ),
+    Suite(
         name="pictures_and_memory",
         title="Dreamer: a game of pictures, and a task of memory",
         entries=(

@@ -344,6 +344,38 @@ def test_expectation_is_the_mean_of_the_bins_unscaled():
     np.testing.assert_allclose(muzero.expectation(logits.numpy()), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_in_games_lost_drawn_and_won_are_the_categories():
+    ends = torch.tensor([-1.0, 0.0, 1.0])
+    torch.testing.assert_close(two_hot(ends, 1, scaled=False), torch.eye(3))
+    torch.testing.assert_close(muzero.expectation(torch.eye(3).clamp(1e-12).log(), scaled=False), ends)
+    args = small_args(gamma=-1.0, support=1)
+    net, network = muzero.make_network((3,), 2, args, generator())
+    value = torch.tensor([[-1.0, 1.0], [0.0, 0.0]])
+    batch = {
+        "obs": torch.randn(2, 3, generator=generator(1)),
+        "action": torch.zeros(2, 1, dtype=torch.int64),
+        "reward": torch.zeros(2, 1),
+        "value": value,
+        "policy": torch.full((2, 2, 2), 0.5),
+        "known": torch.ones(2, 2),
+        "acting": torch.zeros(2, 2),
+        "weight": torch.ones(2),
+    }
+    latent = net.represent(network, batch["obs"])
+    _, logits, _ = net.predict(network, latent)
+    wanted = torch.nn.functional.cross_entropy(logits, value[:, 0].long() + 1)
+    assert unrolled_loss(net, network, batch, 1.0)[2]["value_loss"][0].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_where_the_view_turns_the_dynamics_give_the_whole_state_and_not_its_change():
+    net, network = muzero.make_network((3,), 2, small_args(gamma=-1.0), generator())
+    latent, action = torch.rand(5, network["latent_bias"].shape[0], generator=generator(1)), torch.zeros(5).long()
+    network["next_latent_weight"].data.zero_()  # all that is left is the bias, the same for every state
+    following = net.dynamics(network, latent, action)
+    torch.testing.assert_close(following, muzero.bounded(network["next_latent_bias"].expand(5, -1)))
+    assert (muzero.dynamics(network, latent, action) - following).abs().max() > 0.1
+
+
 def test_gradient_is_halved_where_a_latent_state_enters_the_dynamics_and_nowhere_else():
     net, network = muzero.make_network((3,), 2, small_args(), generator())
     network = network.double()
