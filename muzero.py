@@ -558,11 +558,9 @@ def softmax(logits: Values) -> Values:
 
 def two_hot(x: Tensor, support: int, scaled: bool = True) -> Tensor:
     """(...) -> (..., 2 * support + 1): weight on the two whole numbers around h(x), or x, of which it is the mean."""
-    x = (scale(x) if scaled else x).clamp(-support, support) + support
-    low = x.floor().clamp(max=2 * support - 1)
-    share = (x - low)[..., None]
-    low = F.one_hot(low.long(), 2 * support + 1)
-    return (1 - share) * low + share * low.roll(1, dims=-1)
+    x = (scale(x) if scaled else x).clamp(-support, support)
+    bins = torch.arange(-support, support + 1, device=x.device)
+    return (1 - (x[..., None] - bins).abs()).clamp(min=0)
 
 
 def expectation(logits: Values, scaled: bool = True) -> Values:
@@ -629,7 +627,7 @@ def dense(parameters: Parameters, name: str, x: Values) -> Values:
 
 
 def relu(x: Values) -> Values:
-    return library(x).clip(x, 0, None)
+    return F.relu(x) if isinstance(x, Tensor) else np.maximum(x, 0)
 
 
 def bounded(latent: Values) -> Values:

@@ -1,17 +1,22 @@
-"""How fast muzero.py is: simulations of its searches, with DeepMind's mctx beside them, and updates.
+"""How fast muzero.py is: simulations of its searches, with DeepMind's mctx beside them, and updates, with those of
+werner-duvaud/muzero-general (a checkout is `--peer`).
 
 The network is muzero.py's own, of its default sizes, for 4 numbers and 2 actions (CartPole) and for 18 numbers and 9
 actions in a game of two players (tic-tac-toe); mctx searches with the very same weights. Everything runs in this
 process on one thread; the contestants of a row take turns for several rounds, and medians of rates per second of
-processor time are compared. The trees are random ones, as the weights are.
+processor time are compared. The trees are random ones, as the weights are. The peer's updates are those of its trainer
+and its replay, without Ray between them, with networks of the same sizes, on as many positions of games as long.
 """
 
+import importlib
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -20,12 +25,14 @@ import torch
 import muzero
 
 SIMULATIONS, ROOTS = 50, (1, 8, 64, 256)
+POSITIONS, LENGTH = 2_000, 20  # of the replay that updates draw from, and of each game in it
 TASKS = {"2 actions": (4, 2, 0.997), "9 actions, two players": (18, 9, -1.0)}  # numbers, actions, discount
 Work = Callable[[], None]
 
 
-def make_agent(obs_size: int, actions: int, discount: float) -> muzero.Agent:
-    args = muzero.Args(device="cpu", gamma=discount, support=10, num_simulations=SIMULATIONS, reanalyze_ratio=0.0)
+def make_agent(obs_size: int, actions: int, discount: float, **options: float) -> muzero.Agent:
+    options |= {"support": 10, "num_simulations": SIMULATIONS, "reanalyze_ratio": 0.0}
+    args = muzero.Args(device="cpu", gamma=discount, **options)
     space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
     return muzero.Agent(space, gym.spaces.Discrete(actions), args)
 
@@ -93,14 +100,49 @@ def updates(agent: muzero.Agent) -> Work:
     """One update of the network, with its batch, as in training."""
     rng = np.random.default_rng(0)
     agent.args.updates_per_step, agent.args.learning_starts = 1.0, 1
-    for step in range(2_000):
+    for step in range(POSITIONS):
         obs = rng.normal(size=agent.obs_shape).astype(np.float32)
         agent.found = [(np.full(agent.num_actions, 1 / agent.num_actions), 0.0, np.ones(agent.num_actions, bool))]
-        agent.observe(obs, int(rng.integers(agent.num_actions)), 1.0, obs, step % 20 == 19)
+        agent.observe(obs, int(rng.integers(agent.num_actions)), 1.0, obs, step % LENGTH == LENGTH - 1)
 
     def work() -> None:
         agent.updates = agent.steps - agent.args.learning_starts - 1
         agent.update()
+
+    return work
+
+
+def peer_updates(path: Path, obs_size: int, actions: int, discount: float) -> Work:
+    """The same of muzero-general."""
+    sys.modules["ray"] = SimpleNamespace(remote=lambda kind: kind)  # its classes as they are, in this process
+    sys.path.insert(0, str(path))
+    models, trainer, replay_buffer, self_play = (
+        importlib.import_module(name) for name in ("models", "trainer", "replay_buffer", "self_play")
+    )
+    config = SimpleNamespace(seed=0, observation_shape=(1, 1, obs_size), action_space=list(range(actions)))
+    config.network, config.stacked_observations, config.train_on_gpu = "fullyconnected", 0, False
+    config.encoding_size, config.support_size = muzero.Args.latent_size, 10
+    for name in ("representation", "dynamics", "reward", "value", "policy"):
+        setattr(config, f"fc_{name}_layers", [muzero.Args.hidden_size])
+    config.batch_size, config.num_unroll_steps = muzero.Args.batch_size, muzero.Args.unroll_steps
+    config.td_steps, config.discount, config.value_loss_weight = muzero.Args.td_steps, discount, 1.0
+    config.optimizer, config.lr_init, config.weight_decay = "Adam", 1e-3, 1e-4
+    config.PER, config.PER_alpha, config.replay_buffer_size = True, 0.5, POSITIONS
+    replay = replay_buffer.ReplayBuffer({"num_played_games": 0, "num_played_steps": 0}, {}, config)
+    rng = np.random.default_rng(0)
+    for _ in range(POSITIONS // LENGTH):
+        game = self_play.GameHistory()
+        game.observation_history = list(rng.normal(size=(LENGTH + 1, 1, 1, obs_size)).astype(np.float32))
+        game.action_history = [0, *rng.integers(actions, size=LENGTH).tolist()]
+        game.reward_history, game.to_play_history = [0.0, *[1.0] * LENGTH], [0] * (LENGTH + 1)
+        game.child_visits, game.root_values = [[1 / actions] * actions] * LENGTH, [0.0] * LENGTH
+        replay.save_game(game)
+    weights = models.MuZeroNetwork(config).get_weights()
+    learner = trainer.Trainer({"weights": weights, "training_step": 0, "optimizer_state": None}, config)
+
+    def work() -> None:
+        where, batch = replay.get_batch()
+        replay.update_priorities(learner.update_weights(batch)[0], where)
 
     return work
 
@@ -136,7 +178,18 @@ def measure(peer: Path | None, rounds: int) -> str:
             for name, values in rates.items():
                 cells.setdefault(name, []).append(f"{median(values):,.1f}")
         lines += [f"| {name}, {task} | {' | '.join(row)} |" for name, row in cells.items()]
-    update = updates(make_agent(*TASKS["2 actions"]))
-    found = median(rate(update, 2.0) for _ in range(rounds))
+    task = TASKS["2 actions"]
+    contestants = {"muzero.py": updates(make_agent(*task))}
+    contestants["muzero.py, MuZero's loss alone"] = updates(
+        make_agent(*task, consistency_weight=0.0, follow=0.0, priority_exponent=0.5)
+    )
+    if peer:
+        contestants["muzero-general"] = peer_updates(peer, *task)
+    rates = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            rates[name].append(rate(work, 2.0))
     batch = f"batch {muzero.Args.batch_size}, {muzero.Args.unroll_steps} steps unrolled"
-    return "\n".join([*lines, "", f"Updates of the network per second of processor time ({batch}): {found:.0f}"])
+    lines += ["", f"Updates of the network per second of processor time ({batch}):", ""]
+    lines += ["|  | updates per second |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {median(values):.1f} |" for name, values in rates.items())])
