@@ -40,7 +40,8 @@ steps as DeepMind's mctx. What differs from the papers:
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. On the
       cart pole the model blurred what an action changes without these.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
-    - With two players it is values that tell who won, before the end of a game and after it, and no reward does.
+    - With two players it is values that tell who won, before the end of a game and after it, and no reward does; they
+      are three categories, and not scaled. Self-play explores more (`temperature`, `dirichlet_fraction`).
     - One observation is all that a state is made of; the reward is foretold from the state that it leads to; and the
       optimizer is Adam.
 
