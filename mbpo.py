@@ -1229,7 +1229,7 @@ class Run:
             write_json(saved, {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": made_with})
             # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
             self.events = open(self.path / "events.out.tfevents.0", "ab")
-            self.events.truncate(offset)
+            self.events.seek(self.events.truncate(offset))
             if offset == 0:
                 rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
                 summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")

@@ -31,8 +31,8 @@ at the root some actions are drawn without replacement, and again and again the 
 improves the policy with any number of simulations. With `--min-range 0` and without noise both searches take the same
 steps as DeepMind's mctx. What differs from the papers:
 
-    - The value that a Gumbel search stores is that of the policy which it found. The mean of what came back through the
-      root, the papers' choice, also counts the actions that the search tried and dropped.
+    - The value that a search stores is that of the policy which it found. The mean of what came back through the root,
+      the papers' choice, also counts what the search tried without liking it.
     - Value targets use the rewards of an old episode only up to the first action that today's policy would not take any
       more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
     - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
@@ -41,7 +41,7 @@ steps as DeepMind's mctx. What differs from the papers:
       cart pole the model blurred what an action changes without these.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
     - With two players it is values that tell who won, before the end of a game and after it, and no reward does; they
-      are three categories, and not scaled. Self-play explores more (`temperature`, `dirichlet_fraction`).
+      are categories, and not scaled. The settings of the board games explore more.
     - One observation is all that a state is made of; the reward is foretold from the state that it leads to; and the
       optimizer is Adam.
 
@@ -136,17 +136,19 @@ class Args:
     play: str | None = None
     """Run folder of a board game, to play against its agent in the terminal; other options are ignored."""
     eval_env_kwargs: tuple[str, ...] = ()
-    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`."""
+    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a game of a
+    board is evaluated by self-play, whose return says nothing.)"""
     atari: bool = False
     """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
 
     num_envs: int = 8
-    """Environments that are played side by side, so that each call of the network serves as many searches."""
+    """Environments that are played side by side, so that each call of the network serves as many searches; between two
+    of its steps each waits for the updates of all."""
     gamma: float = 0.99
-    """Discount factor (MuZero, Atari: 0.997); negative where two players take turns and each step's reward is the
-    mover's (chess: -1)."""
+    """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
+    them, rewards are the mover's, `support` is the largest of them, and `td_steps` as long as a game."""
     search: Literal["puct", "gumbel"] = "gumbel"
-    """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations."""
+    """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations. What MuZero's explores can be set."""
     num_simulations: int = 16
     """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
     max_considered: int = 16
@@ -156,11 +158,12 @@ class Args:
     dirichlet_fraction: float = 0.25
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: float = 1.0
-    """puct: actions of self-play are drawn from visits ^ (1 / temperature), always the same (MuZero lowers it)."""
+    """puct: actions of self-play are drawn from visits ^ (1 / temperature): above 1 they are more random (MuZero begins
+    with 1 and lowers it)."""
     min_range: float = 0.05
     """In each node Q is divided by its range there, but by no less than this share of the range of 0 and all values in
-    the replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; 0: as
-    in mctx."""
+    the replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; the
+    larger, the more the policy counts against Q; 0: as in mctx."""
 
     learning_starts: int = 500
     """Steps before the first update."""
@@ -171,13 +174,14 @@ class Args:
     unroll_steps: int = 5
     """Steps K that the model is unrolled (MuZero: 5)."""
     td_steps: int = 50
-    """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10)."""
+    """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
+    most 200)."""
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
     follow: float = 0.5
     """A value target's n steps end before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
-    they never do (MuZero)."""
+    they never do (MuZero; without reanalysis, too, 0 is the choice)."""
     reanalyze_ratio: float = 40.0
     """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
     the place of policy and value of when the position was played (MuZero Reanalyze)."""
@@ -207,8 +211,8 @@ class Args:
     channels: int = 32
     """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
     support: int = 25
-    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25. With a
-    negative `gamma` they are not scaled: lost, drawn and won for 1."""
+    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25; what is
+    larger is clipped. With a negative `gamma` they are not scaled: lost, drawn and won for 1."""
 
     def __post_init__(self):
         check_ranges(
@@ -247,11 +251,13 @@ class Args:
             channels=(1, 10**4),
             support=(1, 10**4),
         )
+        if -1 < self.gamma < 0:
+            raise Failure(f"--gamma must be -1 where two players take turns, not {self.gamma}")
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# Whatever an opponent does is to be answered: self-play of games explores widely, by noise and temperature, while
-# `follow` and reanalysis keep the values those of good play.
+# Whatever an opponent does is to be answered: self-play of games explores widely, by noise, temperature and a `min_range`
+# that lets the noise count, while `follow` and reanalysis keep the values those of good play.
 BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
@@ -410,8 +416,8 @@ class KInARow(gym.Env):
     for the move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else: ValueError.
 
     With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of the
-    environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play), begins every
-    second episode on average, and to lose has reward -1.
+    environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play, for which a board
+    has to be as small as 3 x 3), begins every second episode on average, and a loss has reward -1.
     """
 
     metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
@@ -457,7 +463,8 @@ class KInARow(gym.Env):
         """What the player to move gets at best within so many moves; 0 where that is open. Soon is better than late."""
         if plies == 0:
             return 0.0
-        values = (1.0 if won else -0.99 * self.foresee(other, own, plies - 1) for _, own, won in self.moves(own, other))
+        moves = self.moves(own, other)
+        values = (1.0 if won else -0.99 * self.foresee(other, after, plies - 1) for _, after, won in moves)
         return max(values, default=0.0)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -580,7 +587,7 @@ class Net(NamedTuple):
     represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
     dynamics: Callable[..., Values]  # latents, actions (B,) -> the next latents
     predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
-    scaled: bool  # whether rewards and values are scaled by h; who won a game, -1, 0 or 1, is a category as it is
+    two_players: bool  # who win or lose: values are not scaled by h, -1, 0 and 1 are categories as they are
 
 
 def make_network(
@@ -588,14 +595,14 @@ def make_network(
 ) -> tuple[Net, nn.ParameterDict]:
     """A network for vectors (size,) or for images and boards (height, width, channels), with PyTorch's initial values
     drawn from our own generator."""
-    hidden, bins, channels, scaled = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma >= 0
+    hidden, bins, channels, two_players = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma < 0
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net, planes = Net(represent, partial(dynamics, turns=not scaled), predict, scaled), args.latent_size
+        net, planes = Net(represent, partial(dynamics, turns=two_players), predict, two_players), args.latent_size
         shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
         shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
     else:
-        (height, width, planes), net = obs_shape, Net(represent_image, dynamics_image, predict_image, scaled)
+        (height, width, planes), net = obs_shape, Net(represent_image, dynamics_image, predict_image, two_players)
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
             height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
@@ -644,12 +651,13 @@ def represent(parameters: Parameters, obs: Values) -> Values:
 
 
 def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool = False) -> Values:
-    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`. `turns`: seen by the other player."""
+    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`; `turns`: as the other player sees it."""
     # The rows of the weights behind the latent's are what a one-hot action selects.
     weight, size = parameters["step_weight"], latent.shape[-1]
     hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
     change = dense(parameters, "next_latent", hidden)
-    return bounded(change if turns else latent + change)  # most steps change little, but not where the view turns
+    # Most steps change little, but not where it is another who looks. (Those of images start from nothing anyway.)
+    return bounded(change if turns else latent + change)
 
 
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
@@ -709,7 +717,8 @@ def unrolled_loss(
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
     (B, K + 1, ...); known (B, K + 1): 0 from where an episode is cut off on; acting (B, K + 1): 0 from its end on;
     weight (B,); with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss,
-    the first value predictions (B,), and the losses of each step: (K + 1,), of rewards and consistency (K,).
+    the first value predictions (B,), and the mean losses of each step, where it counts: (K + 1,), of rewards and
+    consistency (K,).
 
     Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
     """
@@ -726,24 +735,25 @@ def unrolled_loss(
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         return -(target * logits.log_softmax(-1)).sum(-1)
 
-    support = value_logits.shape[-1] // 2
-    value = cross_entropy(value_logits, two_hot(batch["value"], support, net.scaled)) * batch["known"]
+    support, scaled = value_logits.shape[-1] // 2, not net.two_players
+    value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * batch["known"]
     policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
-    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, net.scaled))
+    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled))
     reward = reward * batch["known"][:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": value, "policy_loss": policy, "reward_loss": reward}
+    logs = {"value_loss": (value, batch["known"]), "policy_loss": (policy, batch["acting"])}
+    logs["reward_loss"] = reward, batch["known"][:, :-1]
     if consistency_weight:
         imagined, real = torch.stack(latents[1:], dim=1), batch["next_obs"]
         with torch.no_grad():
             real = net.represent(parameters, real.flatten(0, 1))
         distance = inconsistency(parameters, imagined.flatten(0, 1), real).view(count, steps) * batch["acting"][:, :-1]
         total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
-        logs["consistency_loss"] = distance
+        logs["consistency_loss"] = distance, batch["acting"][:, :-1]
     return (
         (batch["weight"] * total).mean(),
-        expectation(value_logits[:, 0], net.scaled).detach(),
-        {name: loss.detach().mean(0) for name, loss in logs.items()},
+        expectation(value_logits[:, 0], scaled).detach(),
+        {name: loss.detach().sum(0) / mask.sum(0).clamp(min=1) for name, (loss, mask) in logs.items()},
     )
 
 
@@ -763,7 +773,7 @@ class Replay:
             "action": np.zeros(capacity, np.int64),
             "reward": np.zeros(capacity, np.float32),
             "policy": np.zeros((capacity, num_actions), np.float32),  # what the search found, and
-            "value": np.zeros(capacity, np.float32),  # its value of the root; after a termination 0, or who won
+            "value": np.zeros(capacity, np.float32),  # its value of the root; after a termination 0, or the result
             "followed": np.zeros(capacity, bool),  # whether that policy still takes the action that was taken
             "legal": np.zeros((capacity, num_actions), bool),
             "left": np.zeros(capacity, np.int64),  # rows until the last one of its episode, or part of one
@@ -782,11 +792,11 @@ class Replay:
         rows = (self.added + np.arange(count)) % capacity
         for name, values in columns.items():
             self.columns[name][rows] = values
-        self.judge(rows)
+        self.mark_followed(rows)
         self.added += count
         return rows
 
-    def judge(self, rows: Array) -> None:
+    def mark_followed(self, rows: Array) -> None:
         """Notes whether the policies of rows, which have changed, take the actions that were taken there."""
         policy, action = self.columns["policy"][rows], self.columns["action"][rows]
         taken = np.take_along_axis(policy, action[:, None], axis=1)[:, 0]
@@ -800,7 +810,8 @@ class Replay:
     def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
         are left, v is that of the last state: as stored after a termination, after a truncation the network's, until
-        the state is searched. With `follow`, n ends before the first action that today's policy would not take."""
+        the state is searched. With `follow`, n ends before the first action that today's policy would not take: where
+        that is the first of all, the target is the search's own value."""
         columns, index, steps = self.columns, self.onwards(rows, n), np.arange(n)
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
         ends = (steps >= ahead[:, None]) | ~columns["followed"][index]
@@ -825,8 +836,8 @@ class Replay:
         acting = offset < left
         known = acting | columns["terminated"][rows][:, None]
         # Two players: after the end, too, the turn would change with each step, and with it the sign of the value.
-        turns = np.maximum(offset - left, 0)
-        value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** turns
+        beyond = np.maximum(offset - left, 0)  # steps
+        value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** beyond
         action = np.where(
             acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
         )
@@ -1144,7 +1155,7 @@ class Agent:
     def heads(self, latent: Array) -> tuple[Array, Array, Array]:
         """latent (B, ...) -> rewards (B,), policy logits (B, A), values (B,)."""
         reward, value, policy = self.infer(self.net.predict, latent)
-        reward, value = expectation(np.stack([reward, value]), self.net.scaled)
+        reward, value = expectation(np.stack([reward, value]), not self.net.two_players)
         return reward, policy, value
 
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
@@ -1166,7 +1177,7 @@ class Agent:
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
-            policy, action = gumbel_search(*settings, gumbel, args.max_considered)
+            policy, action = gumbel_search(*settings, gumbel, min(args.max_considered, self.num_actions))
         else:
             if rng is not None:
                 prior = tree.prior[tree.roots]
@@ -1220,20 +1231,21 @@ class Agent:
         part = self.parts[env]
         part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
-        # The first parts are shorter, so that there is something to learn from after `learning_starts` steps.
-        args, started = self.args, self.replay.added >= self.args.learning_starts
+        # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
+        # some actions are not allowed, the last state of a part is never searched, so that it is better to wait.
+        args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
         length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
         if terminated or truncated or len(part) >= min(length, args.buffer_size - 1):
             self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
 
     def store(self, part: list[tuple], last: Array, terminated: bool) -> None:
-        """Puts the steps of an episode into the replay."""
+        """Puts a part of an episode into the replay: T tuples of `observe`, and the observation after them."""
         args, length = self.args, len(part)
         obs, action, reward, policy, value, legal = (np.array(column) for column in zip(*part, strict=True))
         last_value = 0.0
-        if terminated and args.gamma < 0:  # a game's end is told by values, which all positions have, and by no reward
-            last_value, reward[-1] = reward[-1] / args.gamma, 0
+        if terminated and args.gamma < 0:  # a value tells who won, as values are what all positions are trained for
+            last_value, reward[-1] = -reward[-1], 0  # of the player who would be next
         elif not terminated:
             last_value = self.heads(self.infer(self.net.represent, self.unit(last[None])))[2][0]
         columns = {
@@ -1251,11 +1263,10 @@ class Agent:
         if self.replay.added >= 1.01 * self.measured:
             self.measure()
         self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
-        if terminated:  # what came in the end is known: how well did the search foresee it?
-            came, following = np.empty(length), last_value
-            for t in reversed(range(length)):
-                came[t] = following = reward[t] + args.gamma * following
-            self.logs["planner/value_error"] = float(np.abs(came - value).mean())
+        came, following = np.empty(length), last_value  # how well did the searches foresee what came?
+        for t in reversed(range(length)):
+            came[t] = following = reward[t] + args.gamma * following
+        self.logs["planner/value_error"] = float(np.abs(came - value).mean())
 
     def prioritise(self, rows: Array, error: Array) -> None:
         """Positions are drawn the oftener, the farther their value was from its target."""
@@ -1300,7 +1311,7 @@ class Agent:
         if len(rows):
             policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], None)
             columns["policy"][rows], columns["value"][rows] = policy, value
-            self.replay.judge(rows)
+            self.replay.mark_followed(rows)
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode: a search without noise, which needs no seed."""
@@ -1386,7 +1397,7 @@ SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
-CHANGEABLE.add("eval_env_kwargs")
+CHANGEABLE |= {"eval_env_kwargs", "play"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -1464,7 +1475,7 @@ class Run:
             write_json(saved, {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": made_with})
             # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
             self.events = open(self.path / "events.out.tfevents.0", "ab")
-            self.events.truncate(offset)
+            self.events.seek(self.events.truncate(offset))
             if offset == 0:
                 rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
                 summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
@@ -1682,10 +1693,12 @@ def train(args: Args) -> dict:
         raise Failure("--gamma must be below 0 in self-play, and above 0 with an opponent in --env-kwargs")
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
+    both = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
+    eval_env = make_env(
+        both, "rgb_array" if args.capture_video else None
+    )  # fails, if it does, before there is a folder
     run = Run(args, agent, episodes)
-    if args.eval_env_kwargs:
-        both = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
-        run.eval_env = make_env(both, "rgb_array" if args.capture_video else None)
+    run.eval_env = eval_env
     for step in run.steps(args.num_envs):
         observations = [episode.obs for episode in episodes]
         actions = agent.act_many(observations, [episode.info for episode in episodes])

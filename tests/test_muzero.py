@@ -367,6 +367,24 @@ def test_in_games_lost_drawn_and_won_are_the_categories():
     assert unrolled_loss(net, network, batch, 1.0)[2]["value_loss"][0].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_losses_are_told_as_the_mean_of_where_they_count():
+    net, network = muzero.make_network((3,), 2, small_args(), generator())
+    batch = {
+        "obs": torch.randn(2, 3, generator=generator(1)),
+        "action": torch.zeros(2, 1, dtype=torch.int64),
+        "reward": torch.rand(2, 1, generator=generator(2)),
+        "value": torch.rand(2, 2, generator=generator(3)),
+        "policy": torch.full((2, 2, 2), 0.5),
+        "known": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        "acting": torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
+        "weight": torch.ones(2),
+    }
+    both = unrolled_loss(net, network, batch, 1.0)[2]
+    first = unrolled_loss(net, network, {name: column[:1] for name, column in batch.items()}, 1.0)[2]
+    assert both["value_loss"][1].item() == pytest.approx(first["value_loss"][1].item())
+    assert both["policy_loss"][1].item() == 0
+
+
 def test_where_the_view_turns_the_dynamics_give_the_whole_state_and_not_its_change():
     net, network = muzero.make_network((3,), 2, small_args(gamma=-1.0), generator())
     latent, action = torch.rand(5, network["latent_bias"].shape[0], generator=generator(1)), torch.zeros(5).long()
@@ -476,6 +494,29 @@ def test_the_first_parts_of_long_episodes_are_stored_in_time_for_the_first_updat
             assert agent.replay.added >= 100
     lengths = {int(left) for left in agent.replay.columns["left"][: agent.replay.added]}
     assert max(lengths) == 200  # later parts are longer
+
+
+def test_where_some_actions_are_not_allowed_no_game_is_cut_for_the_first_update():
+    """The last state of a part would keep the value that the network had in the beginning."""
+    args = small_args(num_envs=4, learning_starts=100, unroll_steps=5)
+    agent = muzero.Agent(gym.spaces.Discrete(5), gym.spaces.Discrete(2), args)
+    agent.legal({"action_mask": np.array([0, 1])})
+    agent.found = [(np.array([0.0, 1.0]), 0.0, np.array([False, True]))] * 4
+    for step in range(60):
+        agent.observe(0, 1, 0.0, 0, step == 59, env=0)
+    assert agent.replay.columns["left"][:61].tolist() == list(range(60, -1, -1))
+
+
+@pytest.mark.parametrize(("terminated", "following"), [(True, 0.0), (False, 3.0)])
+def test_value_error_is_told_for_every_part_of_an_episode(terminated, following):
+    args = small_args(gamma=0.5, learning_starts=10**6)
+    agent = muzero.Agent(gym.spaces.Discrete(5), gym.spaces.Discrete(2), args)
+    agent.heads = lambda latent: (np.zeros(1), np.zeros((1, 2)), np.array([3.0]))
+    agent.found = [(np.array([0.5, 0.5]), 1.0, np.ones(2, bool))]
+    agent.observe(0, 1, 1.0, 0, False)
+    agent.observe(0, 1, 1.0, 0, terminated, not terminated)
+    last = 1 + 0.5 * following
+    assert agent.logs["planner/value_error"] == pytest.approx((abs(last - 1) + abs(1 + 0.5 * last - 1)) / 2)
 
 
 def test_replay_keeps_what_follows_a_row_when_it_overwrites():

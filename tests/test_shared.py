@@ -258,6 +258,24 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_continue(script, tmp_pa
     assert learned(script, run) == learned(script, only_run(tmp_path / "b"))
 
 
+def test_a_checkpoint_soon_after_resuming_knows_where_the_events_end(script, tmp_path, monkeypatch):
+    script.train(tiny_args(script, run_dir=str(tmp_path), **LITTLE))
+    run, save = only_run(tmp_path), script.Run.save
+    with open(run / "events.out.tfevents.0", "ab") as file:
+        file.write(bytes(100))  # logged after the checkpoint, before it was killed
+
+    def stop(self: Any) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Run, "save", stop)
+    fields = script.saved_args(str(run))
+    longer = {"resume": str(run), "total_timesteps": 10**6, "checkpoint_every": 1, "eval_every": 10**6}
+    with pytest.raises(KeyboardInterrupt):
+        script.train(dataclasses.replace(fields, **longer))
+    assert script.read_checkpoint(run / script.CHECKPOINT)["events"] == (run / "events.out.tfevents.0").stat().st_size
+
+
 def test_a_run_can_be_made_longer(script, tmp_path, monkeypatch):
     run_script(script, monkeypatch, "--total-timesteps", 700, "--run-dir", tmp_path / "a")
     run = only_run(tmp_path / "a")
@@ -381,6 +399,7 @@ BAD_ARGS = {
         ("--init-from /no/such/folder", "/no/such/folder is not a run folder"),
     ],
     "muzero": [
+        ("--gamma -0.5", "--gamma must be -1 where two players"),
         ("--env-id Pendulum-v1", "actions must be Discrete.*cem_mpc.py"),
         ("--env-id Blackjack-v1", "must be Discrete, an image .* not Tuple"),
         ("--network conv", "--network conv is for observations .height, width, channels."),
