@@ -256,7 +256,7 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# Whatever an opponent does is to be answered: self-play of games explores widely, by noise, by temperature and by a large
+# Whatever an opponent does is to be answered: self-play of games explores widely, by noise, temperature and a large
 # `min_range`, which lets noise count, while `follow` and reanalysis keep the values those of good play.
 BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
