@@ -415,9 +415,9 @@ class KInARow(gym.Env):
     field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it,
     for the move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else: ValueError.
 
-    With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of the
-    environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play, for which a board
-    has to be as small as 3 x 3), begins every second episode on average, and a loss has reward -1.
+    With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of
+    the environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play, for which a
+    board has to be as small as 3 x 3), begins every second episode on average, and a loss has reward -1.
     """
 
     metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
