@@ -50,7 +50,9 @@ Run:     python muzero.py
          python muzero.py --help
 Expect:  CartPole-v1: return 500, the maximum, at 7,000, 8,000, 9,000 and 10,000 steps (4 of 4 seeds, on 2 of which the
          settings were chosen; 5 episodes each; 227 to 500 at 4,000, 5,000 and 6,000), 9 to 12 minutes on one of 2 busy
-         and rather slow CPU cores. Other environments: in the making.
+         and rather slow CPU cores; measured before the last changes of the file. TicTacToe-v0: of all games that an
+         opponent can choose none is lost, whoever begins, and 99 % are won as the first against random moves (the one
+         seed tried so far, on which the settings were chosen, too), 43 minutes. Other environments: in the making.
 """
 
 import argparse

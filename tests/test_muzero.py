@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import muzero
+from benchmark import tic_tac_toe
 from muzero import (
     Replay,
     Tree,
@@ -926,3 +927,15 @@ def test_a_low_temperature_takes_the_most_visited_action():
 @pytest.mark.slow
 def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
     assert muzero.train(muzero.Args(run_dir=str(tmp_path)))["eval_return_mean"] >= 475
+
+
+@pytest.mark.slow
+def test_it_learns_tic_tac_toe(tmp_path):
+    """The settings of the command line; all games that an opponent can choose."""
+    fields = {"env_id": "TicTacToe-v0", **muzero.PRESETS["TicTacToe-v0"], "run_dir": str(tmp_path)}
+    muzero.train(muzero.Args(**fields))
+    game, policies = tic_tac_toe.policies_of(only_run(tmp_path))
+    for first in (True, False):
+        (won, drawn, lost), (wins, _, _) = tic_tac_toe.count_games(game, policies["search"], first)
+        assert lost <= 0.01 * (won + drawn + lost)
+        assert wins >= (0.95 if first else 0.8)
