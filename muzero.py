@@ -1399,7 +1399,7 @@ SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
-CHANGEABLE |= {"eval_env_kwargs", "play"}
+CHANGEABLE.update({"eval_env_kwargs", "play"})
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
