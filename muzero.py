@@ -1661,9 +1661,7 @@ def play(folder: str) -> dict:
     policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
     for game in itertools.count():
         (obs, info), done = env.reset(), False
-        print(
-            f"You are {'XO'[game % 2]}; moves are counted from 0, from the left and the top. Enter alone ends the game."
-        )
+        print(f"You are {'XO'[game % 2]}; moves are counted from 0, from left and top. Enter alone ends the game.")
         while not done:
             print(f"{env.render()}\n")
             yours = env.unwrapped.turns % 2 == game % 2
@@ -1695,10 +1693,9 @@ def train(args: Args) -> dict:
         raise Failure("--gamma must be below 0 in self-play, and above 0 with an opponent in --env-kwargs")
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
+    # Made before the run: where it cannot be made, no folder is left behind.
     both = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
-    eval_env = make_env(
-        both, "rgb_array" if args.capture_video else None
-    )  # fails, if it does, before there is a folder
+    eval_env = make_env(both, "rgb_array" if args.capture_video else None)
     run = Run(args, agent, episodes)
     run.eval_env = eval_env
     for step in run.steps(args.num_envs):

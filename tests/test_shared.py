@@ -400,6 +400,7 @@ BAD_ARGS = {
     ],
     "muzero": [
         ("--gamma -0.5", "--gamma must be -1 where two players"),
+        ("--eval-env-kwargs no_such_option=1", "no_such_option"),
         ("--env-id Pendulum-v1", "actions must be Discrete.*cem_mpc.py"),
         ("--env-id Blackjack-v1", "must be Discrete, an image .* not Tuple"),
         ("--network conv", "--network conv is for observations .height, width, channels."),
@@ -454,6 +455,7 @@ def test_bad_arguments(name, monkeypatch, capsys, tmp_path, args, expected):
     script = importlib.import_module(name)
     line = complaint(script, monkeypatch, capsys, "--run-dir", tmp_path, *args.split())
     assert re.search(expected, line), line
+    assert not list(tmp_path.iterdir())  # no folder of a run that never began
 
 
 def test_every_number_has_a_range(script):
