@@ -1208,6 +1208,34 @@ def run_folder(args: Args) -> Path:
     return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
 
 
+def make_eval_envs(args: Args) -> list[gym.Env]:
+    """The environment of evaluations."""
+    return [make_env(args, "rgb_array" if args.capture_video else None)]
+
+
+def greedy_episodes(
+    agent: Any, envs: list[gym.Env], args: Args, memory: dict
+) -> tuple[list[Episode], list[Image.Image]]:
+    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    episodes, frames, env = [], [], envs[0]
+    limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
+    for index in range(args.eval_episodes):
+        if memory:
+            env.unwrapped.load_state_dict(memory)
+        episode = Episode(env, args.seed, 2, index)
+        policy, done = agent.greedy_policy(seed_of(args.seed, 3, index)), False
+        film = args.capture_video and index == 0
+        while not done and len(episode.actions) < limit:
+            if film:
+                frames.append(Image.fromarray(env.render()).quantize())
+            _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
+            done = terminated or truncated
+        if film:
+            frames.append(Image.fromarray(env.render()).quantize())
+        episodes.append(episode)
+    return episodes, frames
+
+
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
@@ -1219,7 +1247,7 @@ class Run:
         self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
         self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
         self.log_every = max(1, args.total_timesteps // 100)
-        self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+        self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1301,24 +1329,9 @@ class Run:
             RecordWriter(self.events).write(event.SerializeToString())
 
     def evaluate(self) -> None:
-        """Greedy episodes on an environment of their own, always with the same seeds; keeps and logs their returns."""
-        args, env, lengths, frames = self.args, self.eval_env, [], []
-        limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
-        self.returns = []
-        for index in range(args.eval_episodes):
-            if memory := memory_of(self.episodes[0].env):
-                env.unwrapped.load_state_dict(memory)
-            episode = Episode(env, args.seed, 2, index)
-            policy, done = self.agent.greedy_policy(seed_of(args.seed, 3, index)), False
-            while not done and len(episode.actions) < limit:
-                if args.capture_video and index == 0:
-                    frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
-                done = terminated or truncated
-            if args.capture_video and index == 0:
-                frames.append(Image.fromarray(env.render()).quantize())
-            self.returns.append(episode.episodic_return)
-            lengths.append(len(episode.actions))
+        """Greedy episodes on environments of their own, always with the same seeds; keeps and logs their returns."""
+        episodes, frames = greedy_episodes(self.agent, self.eval_envs, self.args, memory_of(self.episodes[0].env))
+        self.returns, lengths = [e.episodic_return for e in episodes], [len(e.actions) for e in episodes]
         mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
         self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
         steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
@@ -1326,7 +1339,7 @@ class Run:
         if frames:
             video = self.path / "videos" / f"step_{self.step}.gif"
             video.parent.mkdir(exist_ok=True)
-            duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds a frame
+            duration = 1000 / self.eval_envs[0].metadata.get("render_fps", 30)  # milliseconds a frame
             frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
     def save(self) -> None:

@@ -1073,9 +1073,10 @@ def gumbel_search(
     base = gumbel + logits - logits.max(1, keepdims=True)
     schedules = np.array([halving_schedule(count, num_simulations) for count in range(considered + 1)])
     schedule = schedules[np.minimum(legal.sum(1), considered)]  # (B, N)
+    added = np.zeros(tree.logits.shape)  # the sigma of every node, as of the last time that something came back to it
 
     def best_of(visits: Array) -> Array:
-        score = np.where(tree.edge_visits[roots] == visits[:, None], base + sigma(tree, roots), -np.inf)
+        score = np.where(tree.edge_visits[roots] == visits[:, None], base + added[roots], -np.inf)
         return score.argmax(1)
 
     def select_root() -> Array:
@@ -1083,12 +1084,13 @@ def gumbel_search(
         return best_of(np.take_along_axis(schedule, simulation, axis=1)[:, 0])
 
     def select(node: Array) -> Array:
-        policy = softmax(tree.logits.take(node, axis=0) + sigma(tree, node))
+        added[node] = new = sigma(tree, node)
+        policy = softmax(tree.logits.take(node, axis=0) + new)
         visits = tree.edge_visits.take(node, axis=0)
         return (policy - visits / (1 + visits.sum(1, keepdims=True))).argmax(1)
 
     search(recurrent, tree, discount, num_simulations, select, select_root)
-    return softmax(logits + sigma(tree, roots)), best_of(tree.edge_visits[roots].max(1))
+    return softmax(logits + added[roots]), best_of(tree.edge_visits[roots].max(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1315,14 +1317,14 @@ class Agent:
             columns["policy"][rows], columns["value"][rows] = policy, value
             self.replay.mark_followed(rows)
 
-    def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode: a search without noise, which needs no seed."""
+    def act_greedily(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
+        """Actions of searches without noise."""
+        rows, legal = np.stack([self.row(obs) for obs in observations]), np.stack([self.legal(info) for info in infos])
+        return (self.plan(rows, legal, None)[1] + self.first_action).tolist()
 
-        def policy(obs: Any, info: dict | None = None) -> int:
-            action = self.plan(self.row(obs)[None], self.legal(info)[None], None)[1]
-            return int(action[0]) + self.first_action
-
-        return policy
+    def greedy_policy(self, seed: int) -> Callable[..., int]:
+        """A policy (observation, info -> action) for one episode, which needs no seed."""
+        return lambda obs, info=None: self.act_greedily([obs], [info])[0]
 
     def metrics(self) -> dict[str, float]:
         """What to log, by TensorBoard tag."""
@@ -1456,6 +1458,35 @@ def run_folder(args: Args) -> Path:
     return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
 
 
+def make_eval_envs(args: Args) -> list[gym.Env]:
+    """The environments of evaluations, one for each episode."""
+    args = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
+    modes = ["rgb_array" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
+    return [make_env(args, mode) for mode in modes]
+
+
+def greedy_episodes(
+    agent: "Agent", envs: list[gym.Env], args: Args, memory: dict
+) -> tuple[list[Episode], list[Image.Image]]:
+    """`args.eval_episodes` whole episodes side by side, as a search of many states costs little more than one of one;
+    with `args.capture_video` pictures of the first."""
+    limit = envs[0].spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
+    if memory:
+        for env in envs:
+            env.unwrapped.load_state_dict(memory)
+    episodes, frames = [Episode(env, args.seed, 2, index) for index, env in enumerate(envs)], []
+    playing = episodes
+    while playing:
+        if args.capture_video and playing[0] is episodes[0]:
+            frames.append(Image.fromarray(envs[0].render()).quantize())
+        actions = agent.act_greedily([e.obs for e in playing], [e.info for e in playing])
+        ended = [any(episode.step(action)[2:]) for episode, action in zip(playing, actions, strict=True)]
+        playing = [e for e, end in zip(playing, ended, strict=True) if not end and len(e.actions) < limit]
+    if args.capture_video:
+        frames.append(Image.fromarray(envs[0].render()).quantize())
+    return episodes, frames
+
+
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
@@ -1467,7 +1498,7 @@ class Run:
         self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
         self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
         self.log_every = max(1, args.total_timesteps // 100)
-        self.eval_env = make_env(args, "rgb_array" if args.capture_video else None)
+        self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1549,24 +1580,9 @@ class Run:
             RecordWriter(self.events).write(event.SerializeToString())
 
     def evaluate(self) -> None:
-        """Greedy episodes on an environment of their own, always with the same seeds; keeps and logs their returns."""
-        args, env, lengths, frames = self.args, self.eval_env, [], []
-        limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
-        self.returns = []
-        for index in range(args.eval_episodes):
-            if memory := memory_of(self.episodes[0].env):
-                env.unwrapped.load_state_dict(memory)
-            episode = Episode(env, args.seed, 2, index)
-            policy, done = self.agent.greedy_policy(seed_of(args.seed, 3, index)), False
-            while not done and len(episode.actions) < limit:
-                if args.capture_video and index == 0:
-                    frames.append(Image.fromarray(env.render()).quantize())
-                _, _, terminated, truncated = episode.step(policy(episode.obs, episode.info))
-                done = terminated or truncated
-            if args.capture_video and index == 0:
-                frames.append(Image.fromarray(env.render()).quantize())
-            self.returns.append(episode.episodic_return)
-            lengths.append(len(episode.actions))
+        """Greedy episodes on environments of their own, always with the same seeds; keeps and logs their returns."""
+        episodes, frames = greedy_episodes(self.agent, self.eval_envs, self.args, memory_of(self.episodes[0].env))
+        self.returns, lengths = [e.episodic_return for e in episodes], [len(e.actions) for e in episodes]
         mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
         self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
         steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
@@ -1574,7 +1590,7 @@ class Run:
         if frames:
             video = self.path / "videos" / f"step_{self.step}.gif"
             video.parent.mkdir(exist_ok=True)
-            duration = 1000 / env.metadata.get("render_fps", 30)  # milliseconds a frame
+            duration = 1000 / self.eval_envs[0].metadata.get("render_fps", 30)  # milliseconds a frame
             frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
 
     def save(self) -> None:
@@ -1693,11 +1709,7 @@ def train(args: Args) -> dict:
         raise Failure("--gamma must be below 0 in self-play, and above 0 with an opponent in --env-kwargs")
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
-    # Made before the run: where it cannot be made, no folder is left behind.
-    both = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
-    eval_env = make_env(both, "rgb_array" if args.capture_video else None)
     run = Run(args, agent, episodes)
-    run.eval_env = eval_env
     for step in run.steps(args.num_envs):
         observations = [episode.obs for episode in episodes]
         actions = agent.act_many(observations, [episode.info for episode in episodes])
@@ -1709,7 +1721,7 @@ def train(args: Args) -> dict:
                 episode.reset()
         agent.update()
     if args.evaluate:
-        first = Episode(run.eval_env, args.seed, 2, 0)
+        first = Episode(run.eval_envs[0], args.seed, 2, 0)
         print(agent.tree_text(first.obs, first.info))
     return run.finish()
 

@@ -923,6 +923,26 @@ def test_a_low_temperature_takes_the_most_visited_action():
         assert action[0] == policy[0].argmax()
 
 
+def test_episodes_of_an_evaluation_are_the_same_side_by_side_as_one_after_the_other():
+    """Also those that end early, and those that are cut off at the time limit."""
+    args = small_args(env_kwargs=("max_episode_steps=12",), eval_episodes=7, num_simulations=9)
+    envs = muzero.make_eval_envs(args)
+    agent = muzero.Agent(envs[0].observation_space, envs[0].action_space, args)
+    episodes, frames = muzero.greedy_episodes(agent, envs, args, {})
+    policy, alone = agent.greedy_policy(0), muzero.make_env(args)
+    for index, episode in enumerate(episodes):
+        (obs, info), done = alone.reset(seed=muzero.seed_of(args.seed, 2, index, 0)), False
+        actions = []
+        while not done:
+            actions.append(policy(obs, info))
+            obs, _, terminated, truncated, info = alone.step(actions[-1])
+            done = terminated or truncated
+        assert episode.actions == actions
+        np.testing.assert_array_equal(episode.obs, obs)
+    assert frames == []
+    assert len({len(episode.actions) for episode in episodes}) > 1
+
+
 # --- learning -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_it_learns_with_the_settings_of_the_command_line(tmp_path):

@@ -98,6 +98,8 @@ BLOCKS += [(ENSEMBLE, name) for name in ENSEMBLE_BLOCKS]
 BLOCKS += [(TABULAR + ENSEMBLE, "make_env"), (VECTORS, "check_observation"), (TABULAR, "check_observation")]
 BLOCKS += [(IMAGES, name) for name in ("make_env", "wrap")] + [([*ENSEMBLE, *IMAGES], "find_device")]
 BLOCKS += [(family, name) for family in (TABULAR, NEURAL) for name in FAMILY_BLOCKS]
+# muzero.py plays the episodes of an evaluation side by side.
+BLOCKS += [([*TABULAR, *ENSEMBLE, "dreamer"], name) for name in ("make_eval_envs", "greedy_episodes")]
 
 
 @pytest.mark.parametrize(("scripts", "name"), BLOCKS)
