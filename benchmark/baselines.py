@@ -35,12 +35,16 @@ ZOO: dict[tuple[str, str], dict[str, Any]] = {
     ("dqn", "Acrobot-v1"): {"n_timesteps": 100_000, "learning_rate": 6.3e-4, "batch_size": 128, "buffer_size": 50_000}
     | {"learning_starts": 0, "gamma": 0.99, "target_update_interval": 250, "train_freq": 4, "gradient_steps": -1}
     | {"exploration_fraction": 0.12, "exploration_final_eps": 0.1, **WIDE},
+    ("ppo", "LunarLander-v3"): {"n_timesteps": 1_000_000, "n_envs": 16, "n_steps": 1_024, "batch_size": 64}
+    | {"gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4, "ent_coef": 0.01},
     ("ppo", "CartPole-v1"): {"n_timesteps": 100_000, "n_envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8}
     | {"gamma": 0.98, "n_epochs": 20, "ent_coef": 0.0}
     | {"learning_rate": lambda left: 0.001 * left, "clip_range": lambda left: 0.2 * left},
     ("ppo", "Acrobot-v1"): {"n_timesteps": 1_000_000, "n_envs": 16, "n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99}
     | {"n_epochs": 4, "ent_coef": 0.0, "normalize": True},
 }
+
+ZOO["dqn", "LunarLander-v3"] = ZOO["dqn", "Acrobot-v1"]
 
 
 @dataclass

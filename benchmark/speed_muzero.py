@@ -1,11 +1,15 @@
-"""How fast muzero.py is: simulations of its searches, with DeepMind's mctx beside them, and updates, with those of
-werner-duvaud/muzero-general (a checkout is `--peer`).
+"""How fast muzero.py is: simulations of its searches, with DeepMind's mctx beside them, and updates.
+
+A checkout that is given as `--peer` is measured, too: updates of werner-duvaud/muzero-general, or searches of
+opendilab/LightZero, whose tree is in C++ (build it there: `python setup.py build_ext --inplace`).
 
 The network is muzero.py's own, of its default sizes, for 4 numbers and 2 actions (CartPole) and for 18 numbers and 9
-actions in a game of two players (tic-tac-toe); mctx searches with the very same weights. Everything runs in this
-process on one thread; the contestants of a row take turns for several rounds, and medians of rates per second of
-processor time are compared. The trees are random ones, as the weights are. The peer's updates are those of its trainer
-and its replay, without Ray between them, with networks of the same sizes, on as many positions of games as long.
+actions in a game of two players (tic-tac-toe); the others search with the very same weights, LightZero's tree with the
+network in PyTorch, called once a simulation. (LightZero itself calls it twice and uses the second answer.) Everything
+runs in this process on one thread; the contestants of a row take turns for several rounds, and medians of rates per
+second of processor time are compared. The trees are random ones, as the weights are. The peer's updates are those of
+its trainer and its replay, without Ray between them, with networks of the same sizes, on as many positions of games as
+long.
 """
 
 import importlib
@@ -96,6 +100,41 @@ def mctx_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
     return searches
 
 
+def lightzero_searches(path: Path, agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
+    """The same by the C++ tree of LightZero, driven as its `MuZeroMCTSCtree.search` does."""
+    (library,) = path.glob("lzero/mcts/ctree/ctree_muzero/mz_tree*.so")
+    spec = importlib.util.spec_from_file_location("mz_tree", library)
+    tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tree)
+    latent = agent.infer(agent.net.represent, obs)
+    logits = agent.heads(latent)[1]
+    count, actions = logits.shape
+    players, discount = [-1 if agent.args.gamma > 0 else 1] * count, abs(agent.args.gamma)
+
+    @torch.inference_mode()
+    def recurrent(latent: np.ndarray, action: list[int]) -> tuple:
+        latent = agent.net.dynamics(agent.parameters, torch.from_numpy(latent), torch.tensor(action))
+        reward, value, policy = agent.net.predict(agent.parameters, latent)
+        reward, value = muzero.expectation(torch.stack([reward, value]), not agent.net.two_players)
+        return latent.numpy(), reward.tolist(), value.tolist(), policy.tolist()
+
+    def work() -> None:
+        roots = tree.Roots(count, [list(range(actions))] * count)
+        roots.prepare_no_noise([0.0] * count, logits.tolist(), players)
+        ranges, latents = tree.MinMaxStatsList(count), [latent]
+        ranges.set_delta(0.01)
+        for index in range(1, SIMULATIONS + 1):
+            results = tree.ResultsWrapper(num=count)
+            settings = 19_652, 1.25, discount, ranges, results, list(players)
+            depth, row, action, to_play = tree.batch_traverse(roots, *settings)
+            leaf = np.asarray([latents[i][j] for i, j in zip(depth, row, strict=True)])
+            following, *found = recurrent(leaf, action)
+            latents.append(following)
+            tree.batch_backpropagate(index, discount, *found, ranges, results, to_play)
+
+    return {"LightZero's C++ tree, pUCT": work}
+
+
 def updates(agent: muzero.Agent) -> Work:
     """One update of the network, with its batch, as in training."""
     rng = np.random.default_rng(0)
@@ -160,6 +199,7 @@ def measure(peer: Path | None, rounds: int) -> str:
     """Markdown tables of the medians."""
     torch.set_num_threads(1)
     beside = importlib.util.find_spec("mctx") is not None
+    lightzero = peer is not None and (peer / "lzero").exists()
     lines = [
         f"Thousands of simulations per second of processor time, {SIMULATIONS} to a search, medians of {rounds}:",
         "",
@@ -171,6 +211,7 @@ def measure(peer: Path | None, rounds: int) -> str:
         for roots in ROOTS:
             obs = np.random.default_rng(1).normal(size=(roots, settings[0])).astype(np.float32)
             searches = our_searches(agent, obs) | (mctx_searches(agent, obs) if beside else {})
+            searches |= lightzero_searches(peer, agent, obs) if lightzero else {}
             rates = {name: [] for name in searches}
             for _ in range(rounds):
                 for name, search in searches.items():
@@ -183,7 +224,7 @@ def measure(peer: Path | None, rounds: int) -> str:
     contestants["muzero.py, without consistency loss"] = updates(
         make_agent(*task, consistency_weight=0.0, follow=0.0, priority_exponent=0.5)
     )
-    if peer:
+    if peer and not lightzero:
         contestants["muzero-general"] = peer_updates(peer, *task)
     rates = {name: [] for name in contestants}
     for _ in range(rounds):
