@@ -299,8 +299,8 @@ DECLARED = (
         title="CartPole-v1",
         entries=(
             Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20"),
-            Entry("SB3 DQN", SB3, "CartPole-v1", 50_000, 5, "--algorithm dqn --eval-episodes 20", baseline=True),
-            Entry("SB3 PPO", SB3, "CartPole-v1", 50_000, 5, "--algorithm ppo --eval-episodes 20", baseline=True),
+            Entry("SB3 DQN", SB3, "CartPole-v1", 50_000, 5, "--algorithm dqn", baseline=True),
+            Entry("SB3 PPO", SB3, "CartPole-v1", 50_000, 5, "--algorithm ppo", baseline=True),
         ),
         arguments="--eval-every 1000",
         xlim=(0, 50_000),

@@ -2,8 +2,13 @@
 
 python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0
 python dreamer.py --env-id benchmark.tasks:Recall-v0
+
+The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only:
+
+python muzero.py --env-id benchmark.tasks:MinAtar/Breakout-v1
 """
 
+import contextlib
 from typing import ClassVar
 
 import gymnasium as gym
@@ -79,3 +84,8 @@ class Recall(gym.Env):
 for _name, _class in (("Catch-v0", Catch), ("Recall-v0", Recall)):
     if _name not in gym.registry:
         gym.register(_name, entry_point=_class)
+
+with contextlib.suppress(ImportError):
+    from minatar.gym import register_envs
+
+    register_envs()
