@@ -79,7 +79,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
-# The search makes many small matrix products; more threads would only wait for each other, and for other runs.
+# The search makes many small matrix products; more threads would only wait for each other, and for other runs. NumPy
+# looks at this when it is first imported: a program that imports it before this file has to set it itself.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
