@@ -267,7 +267,7 @@ BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature":
 PRESETS: dict[str, dict[str, Any]] = {
     "Acrobot-v1": {"total_timesteps": 20_000, "decay_steps": 20_000},
     "LunarLander-v3": {"total_timesteps": 200_000, "decay_steps": 200_000, "eval_every": 10_000}
-    | {"updates_per_step": 0.25, "reanalyze_ratio": 10.0},
+    | {"updates_per_step": 0.25, "reanalyze_ratio": 10.0, "min_range": 0.01},
     "TicTacToe-v0": BOARD_GAME
     | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}
     | {"td_steps": 9, "network": "mlp", "hidden_size": 256}
