@@ -266,7 +266,7 @@ BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reana
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "Acrobot-v1": {"total_timesteps": 20_000, "decay_steps": 20_000},
-    "LunarLander-v3": {"total_timesteps": 200_000, "decay_steps": 200_000, "eval_every": 10_000}
+    "LunarLander-v3": {"total_timesteps": 100_000, "decay_steps": 100_000, "eval_every": 10_000}
     | {"updates_per_step": 0.25, "reanalyze_ratio": 10.0, "min_range": 0.01},
     "TicTacToe-v0": BOARD_GAME
     | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}

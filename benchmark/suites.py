@@ -328,7 +328,7 @@ DECLARED = (
         name="lunar_lander",
         title="LunarLander-v3",
         entries=(
-            Entry("MuZero", "muzero.py", "LunarLander-v3", 200_000, 3),
+            Entry("MuZero", "muzero.py", "LunarLander-v3", 100_000, 3),
             Entry("SB3 DQN", SB3, "LunarLander-v3", 200_000, 3, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "LunarLander-v3", 200_000, 3, "--algorithm ppo", baseline=True),
         ),
