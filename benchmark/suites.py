@@ -342,7 +342,7 @@ DECLARED = (
     Suite(
         name="tic_tac_toe",
         title="Tic-tac-toe by self-play: evaluation against perfect play, of which no more than 0 can be had",
-        entries=(Entry("MuZero", "muzero.py", "TicTacToe-v0", 50_000, 5),),
+        entries=(Entry("MuZero", "muzero.py", "TicTacToe-v0", 50_000, 3),),
         arguments="",
         xlim=(0, 50_000),
         ylim=(-1, 0.05),
