@@ -959,3 +959,10 @@ def test_it_learns_tic_tac_toe(tmp_path):
         (won, drawn, lost), (wins, _, _) = tic_tac_toe.count_games(game, policies["search"], first)
         assert lost <= 0.01 * (won + drawn + lost)
         assert wins >= (0.95 if first else 0.8)
+
+
+@pytest.mark.slow
+def test_it_lands_on_the_moon(tmp_path):
+    pytest.importorskip("Box2D")
+    fields = {"env_id": "LunarLander-v3", **muzero.PRESETS["LunarLander-v3"], "run_dir": str(tmp_path)}
+    assert muzero.train(muzero.Args(**fields, eval_episodes=20))["eval_return_mean"] >= 150
