@@ -166,6 +166,10 @@ class Args:
     temperature: float = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature): above 1 they are more random (MuZero begins
     with 1 and lowers it)."""
+    repeat: float = 0.0
+    """Probability that self-play does once more what it did last, whatever the search says: where single actions change
+    little, what is random at each step gets nowhere (Dabney et al. 2021, "Temporally-extended epsilon-greedy
+    exploration"; MuZero: 0)."""
     min_range: float = 0.05
     """In each node Q is divided by its range there, but by no less than this share of the range of 0 and all values in
     the replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; the
@@ -236,6 +240,7 @@ class Args:
             dirichlet_alpha=(1e-6, 10**6),
             dirichlet_fraction=(0, 1),
             temperature=(1e-3, 10**3),
+            repeat=(0, 1),
             min_range=(0, 1),
             learning_starts=(1, math.inf),
             updates_per_step=(0, 1000),
@@ -269,7 +274,7 @@ BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight":
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
 PRESETS: dict[str, dict[str, Any]] = {
-    "Acrobot-v1": {"total_timesteps": 20_000, "decay_steps": 20_000},
+    "Acrobot-v1": {"total_timesteps": 20_000, "decay_steps": 20_000, "repeat": 0.5},
     "LunarLander-v3": {"total_timesteps": 100_000, "decay_steps": 100_000, "eval_every": 10_000}
     | {"updates_per_step": 0.25, "reanalyze_ratio": 10.0, "min_range": 0.01},
     "TicTacToe-v0": BOARD_GAME
@@ -1214,6 +1219,9 @@ class Agent:
         legal = np.stack([self.legal(info) for info in infos])
         policy, action, value, tree = self.plan(np.stack([self.row(obs) for obs in observations]), legal, self.rng)
         self.found = list(zip(policy, value.tolist(), legal, strict=True))
+        for index, part in enumerate(self.parts):
+            if self.args.repeat and part and legal[index, part[-1][1]] and self.rng.random() < self.args.repeat:
+                action[index] = part[-1][1]
         self.look_inside(policy, tree)
         return (action + self.first_action).tolist()
 

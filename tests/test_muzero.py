@@ -943,6 +943,26 @@ def test_episodes_of_an_evaluation_are_the_same_side_by_side_as_one_after_the_ot
     assert len({len(episode.actions) for episode in episodes}) > 1
 
 
+def test_self_play_repeats_an_action_as_often_as_told_where_that_is_allowed_and_evaluation_does_not():
+    space, nothing = gym.spaces.Box(-1, 1, (2,)), np.zeros(2)
+    agent = muzero.Agent(space, gym.spaces.Discrete(50), small_args(repeat=0.7, learning_starts=10**6))
+    agent.plan = lambda rows, legal, rng: (np.full((1, 50), 0.02), np.array([next(found) % 50]), np.zeros(1), None)
+    agent.look_inside = lambda policy, tree: None
+    found, last, repeated = iter(range(10**6)), None, []
+    for t in range(1_000):
+        action = agent.act(nothing)
+        if last is not None:
+            repeated.append(action == last)
+        agent.observe(nothing, action, 0.0, nothing, t % 10 == 9)
+        last = None if t % 10 == 9 else action  # an episode does not go on with what the one before did
+    assert np.mean(repeated) == pytest.approx(0.7, abs=0.05)
+    agent.act(nothing)
+    agent.observe(nothing, 7, 0.0, nothing, False)
+    mask, found = np.arange(50) != 7, iter(range(8, 50))
+    assert all(agent.act(nothing, {"action_mask": mask}) != 7 for _ in range(20))
+    assert all(agent.act_greedily([nothing], [{}]) != [7] for _ in range(20))
+
+
 # --- learning -------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
