@@ -269,7 +269,7 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Whatever an opponent does is to be answered: self-play of games explores widely, by noise, temperature and a large
 # `min_range`, which lets noise count, while `follow` and reanalysis keep the values those of good play. On the moon an
-# action changes little beside the range of all values.
+# action changes little beside the range of all values; Acrobot gets nowhere by actions that are random at each step.
 BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
