@@ -568,7 +568,7 @@ class RSSM(nn.Module):
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
         x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
         x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
-        # Each block gives three gates; every gate on its own (B, deter) is faster than a part of something.
+        # (3, B, deter): where a gate lies together in memory, its functions are faster on a CPU.
         gates = self.gates(self.blocked(x)).unflatten(-1, (3, -1)).permute(2, 1, 0, 3).flatten(2)
         reset, cand, update = gates
         cand, update = (reset.sigmoid() * cand).tanh(), (update - 1).sigmoid()

@@ -39,6 +39,7 @@ steps as DeepMind's mctx. What differs from the papers:
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. On the
       cart pole the model blurred what an action changes without these.
+    - Self-play can repeat actions (`repeat`), which it does on Acrobot.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
     - With two players it is values that tell who won, before the end of a game and after it, and no reward does; they
       are categories, and not scaled. The settings of the board games explore more.
@@ -50,7 +51,8 @@ Run:     python muzero.py
          python muzero.py --help
 Expect:  On one of 2 busy CPU cores:
          CartPole-v1: return 500, the maximum, in all 20 episodes of every evaluation from 6,000 steps on, and so until
-         30,000 steps (10 of 10 seeds, on 2 of which the settings were chosen); 10,000 steps take 4 minutes.
+         30,000 steps (10 of 10 seeds, on 2 of which the settings were chosen); 10,000 steps take 3 to
+         6 minutes.
          LunarLander-v3: 213, 227 and 147 over 100 episodes after 100,000 steps (3 seeds, of which the first served to
          choose the settings), 18 minutes.
          Acrobot-v1: -99, -80, -87, -85, -96 after 20,000 steps (5 seeds, of which the first served to choose the
