@@ -103,7 +103,7 @@ class Args:
     threads: int = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the recurrent core with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    """Compile the recurrent model with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
     eval_every: int = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: int = 5
@@ -379,10 +379,14 @@ def unimix(logits: Tensor, share: float = 0.01) -> Tensor:
     return ((1 - share) * exp / exp.sum(-1, keepdim=True) + share / logits.shape[-1]).log()
 
 
-def sample_onehot(log_prob: Tensor, generator: torch.Generator) -> Tensor:
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise. It is drawn for many steps at once, so that a step is a function of tensors alone."""
+    return -(-torch.rand(shape, generator=generator, device=generator.device).clamp(min=1e-20).log()).log()
+
+
+def sample_onehot(log_prob: Tensor, noise: Tensor) -> Tensor:
     """One-hot samples by the Gumbel-max trick."""
-    uniform = torch.rand(log_prob.shape, generator=generator, device=log_prob.device).clamp(min=1e-20)
-    return F.one_hot((log_prob - (-uniform.log()).log()).argmax(-1), log_prob.shape[-1]).to(log_prob.dtype)
+    return F.one_hot((log_prob + noise).argmax(-1), log_prob.shape[-1]).to(log_prob.dtype)
 
 
 def straight_through(sample: Tensor, log_prob: Tensor) -> Tensor:
@@ -423,32 +427,32 @@ class LaProp(torch.optim.Optimizer):
     ):
         super().__init__(parameters, {"lr": lr})
         self.agc, self.warmup, self.beta1, self.beta2, self.eps = agc, warmup, beta1, beta2, eps
-        (group,) = self.param_groups
-        for parameter in group["params"]:
+        for parameter in parameters:
             self.state[parameter] = {"nu": torch.zeros_like(parameter), "mu": torch.zeros_like(parameter)}
-        group["step"] = 0
+        self.done = torch.zeros((), device=parameters[0].device)  # steps; what a GPU records has no plain numbers
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates all parameters; each needs a gradient."""
         (group,) = self.param_groups
-        parameters, done = group["params"], group["step"]
+        parameters = group["params"]
         gradients = [parameter.grad for parameter in parameters]
         nu, mu = ([self.state[parameter][name] for parameter in parameters] for name in ("nu", "mu"))
         norm = torch.stack(torch._foreach_norm(gradients))
         limit = self.agc * torch.stack(torch._foreach_norm(parameters)).clamp(min=1e-3)
         gradients = torch._foreach_mul(gradients, list((1 / (norm / limit).clamp(min=1)).unbind()))
 
-        group["step"] = done + 1
+        rate = group["lr"] * ((self.done / self.warmup).clamp(max=1) if self.warmup else 1.0)
+        self.done += 1
+        correction1, correction2 = (-torch.expm1(self.done * math.log(beta)) for beta in (self.beta1, self.beta2))
         torch._foreach_mul_(nu, self.beta2)
         torch._foreach_addcmul_(nu, gradients, gradients, 1 - self.beta2)
-        scale = torch._foreach_div(nu, 1 - self.beta2 ** (done + 1))
+        scale = torch._foreach_div(nu, correction2)  # 1 - beta2 ** done: nu is 0 at first
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, self.eps)
         torch._foreach_div_(gradients, scale)
         torch._foreach_lerp_(mu, gradients, 1 - self.beta1)
-        rate = group["lr"] * (min(1.0, done / self.warmup) if self.warmup else 1.0)
-        torch._foreach_add_(parameters, mu, alpha=-rate / (1 - self.beta1 ** (done + 1)))
+        torch._foreach_add_(parameters, torch._foreach_mul(mu, -rate / correction1))
 
 
 class Size(NamedTuple):
@@ -574,37 +578,41 @@ class RSSM(nn.Module):
         cand, update = (reset.sigmoid() * cand).tanh(), (update - 1).sigmoid()
         return update * cand + (1 - update) * latent.deter
 
+    def noise(self, *lead: int, generator: torch.Generator) -> Tensor:
+        """What draws latents, (..., stoch, classes)."""
+        return gumbel((*lead, self.size.stoch, self.size.classes), generator)
+
     def log_probs(self, found: Tensor) -> Tensor:
         """Logits (..., stoch * classes) -> log-probabilities (..., stoch, classes)."""
         return unimix(found.unflatten(-1, (self.size.stoch, self.size.classes)))
 
     def observe_step(
-        self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, generator: torch.Generator
+        self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, noise: Tensor
     ) -> tuple[Latent, Tensor]:
-        """The state after the previous action and the new observation, and its posterior (B, stoch, classes). Where an
-        episode begins (`first`), state and action before it are zero."""
+        """The state after the previous action and the new observation, and its posterior (B, stoch, classes), from
+        which `noise` draws. Where an episode begins (`first`), state and action before it are zero."""
         keep = (~first).to(latent.deter.dtype)[:, None]
         latent = Latent(latent.deter * keep, latent.stoch * keep[..., None])
         deter = self.core(latent, action * keep)
         posterior = self.log_probs(self.posterior(torch.cat([deter, tokens], -1)))
-        return Latent(deter, straight_through(sample_onehot(posterior.detach(), generator), posterior)), posterior
+        return Latent(deter, straight_through(sample_onehot(posterior.detach(), noise), posterior)), posterior
 
     def observe(
         self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Tensor]:
         """The same for sequences: action (B, T, A), of which [t] is the one before observation [t]."""
-        latents, posteriors = [], []
+        latents, posteriors, noise = [], [], self.noise(*first.shape, generator=generator)
         for t in range(action.shape[1]):
-            latent, posterior = self.observe_step(latent, action[:, t], first[:, t], tokens[:, t], generator)
+            latent, posterior = self.observe_step(latent, action[:, t], first[:, t], tokens[:, t], noise[:, t])
             latents.append(latent)
             posteriors.append(posterior)
         deter, stoch = (torch.stack(parts, 1) for parts in zip(*latents, strict=True))
         return Latent(deter, stoch), torch.stack(posteriors, 1)
 
-    def imagine_step(self, latent: Latent, action: Tensor, generator: torch.Generator) -> Latent:
+    def imagine_step(self, latent: Latent, action: Tensor, noise: Tensor) -> Latent:
         """The state after an action, as the prior has it."""
         deter = self.core(latent, action)
-        return Latent(deter, sample_onehot(self.log_probs(self.prior(deter)), generator))
+        return Latent(deter, sample_onehot(self.log_probs(self.prior(deter)), noise))
 
 
 class Convolution(nn.Module):
@@ -717,7 +725,7 @@ class Policy(NamedTuple):
     def sample(self, generator: torch.Generator) -> Tensor:
         """(..., A), one-hot if discrete."""
         if self.log_prob is not None:
-            return sample_onehot(self.log_prob, generator)
+            return sample_onehot(self.log_prob, gumbel(self.log_prob.shape, generator))
         noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
         return self.mean + self.std * noise
 
@@ -880,13 +888,13 @@ class Percentiles:
     """The range of returns: moving averages of their 5th and 95th percentiles, from 0, with no correction of bias."""
 
     def __init__(self, device: torch.device):
-        self.low, self.high = torch.zeros(2, device=device)
+        self.low, self.high = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def update(self, returns: Tensor, rate: float = 0.01) -> Tensor:
         """Takes in returns, then gives the scale, at least 1."""
         returns = returns.detach().float().flatten()
-        low, high = (torch.quantile(returns, share) for share in (0.05, 0.95))
-        self.low, self.high = self.low.lerp(low, rate), self.high.lerp(high, rate)
+        for percentile, share in ((self.low, 0.05), (self.high, 0.95)):
+            percentile.lerp_(torch.quantile(returns, share), rate)
         return (self.high - self.low).clamp(min=1)
 
 
@@ -957,11 +965,10 @@ def dreamer_loss(
     # Imagination; nothing of it has a gradient with respect to the world model.
     state = Latent(*(part[:, -imagination_starts:].detach().flatten(0, 1) for part in latent))
     features, chosen = [state.feature()], []
-    for _ in range(imagination_horizon):
+    for noise in nets.rssm.noise(imagination_horizon, len(state.deter), generator=generator):
         policy = nets.policy(features[-1])
         with torch.no_grad():
-            action = policy.sample(generator)
-            state = nets.rssm.imagine_step(state, action, generator)
+            state = nets.rssm.imagine_step(state, action := policy.sample(generator), noise)
         features.append(state.feature())
         chosen.append((policy.log_density(action), policy.entropy()))
     imagined = torch.stack(features, 1)
@@ -1047,6 +1054,43 @@ def draw_curves(truth: Array, foretold: Array, half: int, height: int = 48, widt
     return picture
 
 
+class Recorded:
+    """A function of named tensors which a GPU does as one CUDA graph: launched one by one, its thousands of small
+    operations would keep the GPU waiting. Elsewhere it is the function itself.
+
+    What else it reads or changes must be tensors that stay where they are, and its random numbers the generator's.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], generator: torch.Generator):
+        self.function, self.generator, self.calls, self.graphs = function, generator, {}, {}
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.generator.device.type != "cuda":
+            return self.function(inputs)
+        # Of one layout, too, for what is compiled: a graph cannot be recorded while something is compiled anew.
+        inputs = {name: part.contiguous() for name, part in inputs.items()}
+        shapes = tuple(part.shape for part in inputs.values())
+        self.calls[shapes] = self.calls.get(shapes, 0) + 1
+        if self.calls[shapes] <= 3:  # first without: this makes all that is made once, as compiled code
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                found = self.function(inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            return found
+        if shapes not in self.graphs:
+            graph, kept = torch.cuda.CUDAGraph(), {name: part.clone() for name, part in inputs.items()}
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                found = self.function(kept)
+            self.graphs[shapes] = graph, kept, found
+        graph, kept, found = self.graphs[shapes]
+        for name, part in kept.items():
+            part.copy_(inputs[name])
+        graph.replay()
+        return {name: part.clone() for name, part in found.items()}
+
+
 class Agent:
     """World model, actor, critic and replay: `act` follows the latent state, `observe` stores, `update` trains.
 
@@ -1070,7 +1114,9 @@ class Agent:
         self.percentiles = Percentiles(self.device)
         self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
         if args.compile:
-            self.nets.rssm.core = torch.compile(self.nets.rssm.core)
+            for name in ("observe_step", "imagine_step"):
+                setattr(self.nets.rssm, name, torch.compile(getattr(self.nets.rssm, name)))
+        self.see, self.learn = Recorded(self.see_now, self.generator), Recorded(self.learn_now, self.generator)
         rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # one before: its latent state, action
         # What is added between two checkpoints, twice: a row a step, and one more for each episode that ends.
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
@@ -1106,9 +1152,16 @@ class Agent:
         self, rows: list[dict[str, Array]], latent: Latent, action: Tensor, first: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Policy]:
         """The latent states after observations, and the policy there."""
-        tokens = self.nets.encoder(self.tensors({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
-        latent, _ = self.nets.rssm.observe_step(latent, action, first, tokens, generator)
-        return latent, self.nets.policy(latent.feature())
+        inputs = self.tensors({name: np.stack([row[name] for row in rows]) for name in rows[0]}) | latent._asdict()
+        noise = self.nets.rssm.noise(len(rows), generator=generator)
+        found = self.see(inputs | {"action": action, "first": first, "noise": noise})
+        return Latent(found["deter"], found["stoch"]), make_policy(found["policy"], self.shapes.discrete)
+
+    def see_now(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`follow` for tensors alone."""
+        latent, tokens = Latent(inputs["deter"], inputs["stoch"]), self.nets.encoder(inputs)
+        latent, _ = self.nets.rssm.observe_step(latent, inputs["action"], inputs["first"], tokens, inputs["noise"])
+        return latent._asdict() | {"policy": self.nets.actor(latent.feature())}
 
     def act_many(self, observations: list[Any], infos: list[dict | None] | None = None) -> list[Any]:
         """Actions for all environments, drawn."""
@@ -1168,13 +1221,21 @@ class Agent:
 
     def update_once(self) -> None:
         """One update of everything, on sequences from the replay."""
-        args = self.args
-        (stream, at), rows = self.replay.sample(args.batch_size, self.rng)
+        (stream, at), rows = self.replay.sample(self.args.batch_size, self.rng)
         batch, start = self.aligned(rows)
+        found = self.learn(batch | start._asdict())
+        self.replay.refresh((stream, at[:, 1:]), found.pop("deter").cpu().numpy(), found.pop("stoch").cpu().numpy())
+        self.losses = found
+        self.updates += 1
+
+    def learn_now(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`update_once` for tensors alone: what `aligned` gives -> what to log, and the states that were inferred."""
+        args = self.args
         lengths = args.imagination_horizon, args.imagination_starts
         settings = self.percentiles, self.generator, *lengths, 1 - 1 / args.horizon
         # Without its cache: that would keep what was cast without a gradient, in the imagination.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+            start = Latent(batch["deter"], batch["stoch"])
             losses, latent, logs = dreamer_loss(self.nets, self.slow_critic, batch, start, *settings)
             loss = sum(LOSS_SCALES.get(name, 1.0) * part for name, part in losses.items())
         self.optimizer.zero_grad()
@@ -1183,10 +1244,9 @@ class Agent:
         with torch.no_grad():
             for slow, parameter in zip(self.slow_critic.parameters(), self.nets.critic.parameters(), strict=True):
                 slow.lerp_(parameter, 0.02)
-        self.replay.refresh((stream, at[:, 1:]), latent.deter.cpu().numpy(), latent.stoch.argmax(-1).cpu().numpy())
         logs |= {f"losses/{name}": part for name, part in losses.items()}
-        self.losses = {name: part.detach() for name, part in logs.items()}
-        self.updates += 1
+        found = {name: part.detach() for name, part in logs.items()}
+        return found | {"deter": latent.deter, "stoch": latent.stoch.argmax(-1)}
 
     def aligned(self, rows: dict[str, Array]) -> tuple[dict[str, Tensor], Latent]:
         """Of sequences (B, T + 1), the latent state at the first step, and all that `dreamer_loss` wants of the others,
@@ -1207,10 +1267,11 @@ class Agent:
         states = []
         for t in range(self.args.batch_length):
             action = batch["prev_action"][:, t]
+            noise = self.nets.rssm.noise(1, generator=generator)
             if t < half:
-                state, _ = self.nets.rssm.observe_step(state, action, reset[:, t], tokens[:, t], generator)
+                state, _ = self.nets.rssm.observe_step(state, action, reset[:, t], tokens[:, t], noise)
             else:
-                state = self.nets.rssm.imagine_step(state, action, generator)
+                state = self.nets.rssm.imagine_step(state, action, noise)
             states.append(state)
         found = self.nets.decoder(Latent(*(torch.stack(parts, 1) for parts in zip(*states, strict=True))))
         if "image" not in found:
@@ -1285,7 +1346,8 @@ class Agent:
         """Restores what `state_dict` gave into a newly made agent."""
         for name in ("nets", "slow_critic", "optimizer", *(() if self.args.evaluate else ("replay",))):
             getattr(self, name).load_state_dict(state[name])
-        self.percentiles.low, self.percentiles.high = (part.to(self.device) for part in state["percentiles"])
+        for percentile, saved in zip((self.percentiles.low, self.percentiles.high), state["percentiles"], strict=True):
+            percentile.copy_(saved)
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.rng.bit_generator.state = json.loads(state["rng"])
@@ -1293,6 +1355,7 @@ class Agent:
         self.latent, self.rewards = Latent(deter, stoch), list(state["rewards"])
         (self.mean, self.std), self.logs = state["scale"], state["logs"]
         self.steps, self.updates, self.measured = state["counts"]
+        self.optimizer.done.fill_(self.updates)
 
 
 def find_device(name: str) -> torch.device:

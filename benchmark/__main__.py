@@ -100,15 +100,18 @@ def report() -> None:
         fail(str(error), 1)
 
 
-def speed(script: Script, peer: Path | None = None, rounds: int = 7) -> None:
+def speed(script: Script, peer: Path | None = None, rounds: int = 7, device: Literal["cpu", "cuda"] = "cpu") -> None:
     """Measure how fast a script is.
 
     Args:
         peer: Checkout of what to compare with; benchmark/README.md says of which repository.
         rounds: How often each contestant is measured; the medians are printed.
+        device: Where. On a GPU only dreamer is measured.
     """
+    if device == "cuda" and script != "dreamer":
+        fail(f"{script} is measured on a CPU only", 2)
     try:
-        print(SPEED[script](peer, rounds))
+        print(SPEED[script](peer, rounds) if device == "cpu" else SPEED[script](peer, rounds, device))
     except FileNotFoundError as error:
         fail(str(error), 2)
 

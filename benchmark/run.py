@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .suites import ROOT, RUNS, Entry, Suite
 
-NOT_COMPARED = {"seed", "run_dir", "resume", "evaluate"}
+NOT_COMPARED = {"seed", "run_dir", "resume", "evaluate"} | {"device", "threads", "compile"}  # the last: only speed
 
 
 @dataclass

@@ -5,12 +5,16 @@ critic and slow critic, and puts the latent states into the replay. The networks
 numbers and 6 continuous actions, in single precision and not compiled. Everything runs in this process on one thread;
 the contestants take turns for several rounds, and medians of processor time are compared. The part of it that matrix
 products take is the limit: no way of writing the same update can do without them. Steps and weights are random ones.
+
+On a GPU (`--device cuda`) each is what it is there, a CUDA graph with us and compiled with r2dreamer. Time on the clock
+is measured, of dreamer.py with `--compile` and `--bf16`, too.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import io
+import math
 import os
 import sys
 import time
@@ -52,10 +56,10 @@ def random_steps() -> dict[str, np.ndarray]:
     return steps | {"is_first": at == 0, "is_last": at == EPISODE - 1, "is_terminal": at == EPISODE - 1}
 
 
-def our_contestant() -> Contestant:
+def our_contestant(device: str, **options: bool) -> Contestant:
     """dreamer.py."""
     sizes = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_starts": LENGTH}
-    args = dreamer.Args(**sizes, imagination_horizon=HORIZON, num_envs=1, replay_size=ROWS, device="cpu")
+    args = dreamer.Args(**sizes, **options, imagination_horizon=HORIZON, num_envs=1, replay_size=ROWS, device=device)
     agent, steps = dreamer.Agent(OBSERVATION_SPACE, ACTION_SPACE, args), random_steps()
     for name, column in steps.items():
         agent.replay.fixed[name][0] = column
@@ -63,7 +67,7 @@ def our_contestant() -> Contestant:
     return Contestant(count(agent.nets.parameters()), agent.update_once, lambda: agent.act(steps["vector"][0]))
 
 
-def r2dreamer_contestant(path: Path) -> Contestant:
+def r2dreamer_contestant(path: Path, device: str) -> Contestant:
     """r2dreamer with the losses of DreamerV3, from the checkout at `path`."""
     if not (path / "rssm.py").is_file():
         raise FileNotFoundError(f"there is no rssm.py in {path}")
@@ -86,20 +90,24 @@ def r2dreamer_contestant(path: Path) -> Contestant:
 
     widths = {"deter": SIZE.deter, "hidden": SIZE.hidden, "discrete": SIZE.classes, "units": SIZE.units}
     model = OmegaConf.load(path / "configs" / "model" / "_base_.yaml")
-    model.update(widths | {"depth": SIZE.depth, "act": "SiLU", "norm": True, "compile": False, "rep_loss": "dreamer"})
+    model.update(widths | {"depth": SIZE.depth, "act": "SiLU", "norm": True, "rep_loss": "dreamer"})
+    model.update({"compile": device == "cuda"})
     env = OmegaConf.load(path / "configs" / "env" / "dmc_proprio.yaml")
-    replay = {"batch_size": BATCH, "batch_length": LENGTH, "max_size": ROWS, "device": "cpu", "storage_device": "cpu"}
-    config = OmegaConf.create({"model": model, "env": env, "buffer": replay, "device": "cpu"})
+    replay = {"batch_size": BATCH, "batch_length": LENGTH, "max_size": ROWS, "device": device, "storage_device": device}
+    config = OmegaConf.create({"model": model, "env": env, "buffer": replay, "device": device})
     with contextlib.redirect_stdout(io.StringIO()):
-        agent = theirs.Dreamer(config.model, gym.spaces.Dict({"vector": OBSERVATION_SPACE}), ACTION_SPACE)
+        agent = theirs.Dreamer(config.model, gym.spaces.Dict({"vector": OBSERVATION_SPACE}), ACTION_SPACE).to(device)
     replay, state = buffer.Buffer(config.buffer), agent.get_initial_state(1)
     rows = {name: torch.from_numpy(column).reshape(1, ROWS, -1) for name, column in random_steps().items()}
+    rows = {name: column.to(device) for name, column in rows.items()}
     rows |= {name: state[name][:, None].expand(-1, ROWS, *state[name].shape[1:]) for name in ("stoch", "deter")}
-    replay._buffer.extend(TensorDict(rows | {"episode": torch.zeros(1, ROWS, dtype=torch.int32)}, (1, ROWS)))
-    seen = {"vector": rows["vector"][:, 0], "is_first": torch.zeros(1, 1, dtype=torch.bool)}
+    replay._buffer.extend(
+        TensorDict(rows | {"episode": torch.zeros(1, ROWS, dtype=torch.int32, device=device)}, (1, ROWS))
+    )
+    seen = {"vector": rows["vector"][:, 0], "is_first": torch.zeros(1, 1, dtype=torch.bool, device=device)}
 
     def act() -> np.ndarray:
-        return agent.act(TensorDict(seen, (1,)), state)[0].numpy()
+        return agent.act(TensorDict(seen, (1,)), state)[0].cpu().numpy()
 
     return Contestant(count(agent._named_params.values()), lambda: agent.update(replay), act)
 
@@ -214,40 +222,54 @@ class MatrixProducts(TorchDispatchMode):
         return found
 
 
-def seconds(work: Work, least: float) -> float:
-    """Processor time for doing it once, from at least so many seconds."""
-    done, start = 0, time.process_time()
-    while (elapsed := time.process_time() - start) < least:
-        work()
-        done += 1
+def clock(device: str) -> float:
+    """Seconds of the processor, or, when a GPU has done all that it was asked to do, on the clock."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Work, least: float, device: str) -> float:
+    """Time for doing it once, from at least so many seconds."""
+    done, start = 0, clock(device)
+    while (elapsed := clock(device) - start) < least:
+        for _ in range(1 if device == "cpu" else 10):  # on a GPU, the clock makes the work wait
+            work()
+            done += 1
     return elapsed / done
 
 
-def measure(peer: Path | None, rounds: int) -> str:
+def measure(peer: Path | None, rounds: int, device: str = "cpu") -> str:
     """Markdown table of the medians; the ratios say how many times as long as with dreamer.py an update takes. A
     checkout of r2dreamer is `peer`, or else where the environment variable R2DREAMER says."""
     torch.set_num_threads(1)
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # TorchRL would log among the lines of the table
-    contestants = {"dreamer.py": our_contestant()}
+    contestants = {"dreamer.py": our_contestant(device)}
+    if device == "cuda":
+        contestants["dreamer.py --compile"] = our_contestant(device, compile=True)
+        contestants["dreamer.py --compile --bf16"] = our_contestant(device, compile=True, bf16=True)
     if place := peer or os.environ.get("R2DREAMER"):
-        contestants["r2dreamer"] = r2dreamer_contestant(Path(place).resolve())
-    if importlib.util.find_spec("torchrl"):
+        contestants["r2dreamer"] = r2dreamer_contestant(Path(place).resolve(), device)
+    if device == "cpu" and importlib.util.find_spec("torchrl"):
         contestants["TorchRL"] = torchrl_contestant()
-    found = {name: [] for name in contestants}
+    found, unit = {name: [] for name in contestants}, {"cpu": (1, "s"), "cuda": (1e3, "ms")}[device]
     for index in range(-1, rounds):  # one more, to warm up
         for name, contestant in contestants.items():
-            with MatrixProducts() as products:
+            with MatrixProducts() if device == "cpu" else contextlib.nullcontext() as products:
                 contestant.update()
-            times = seconds(contestant.update, 3.0), products.seconds, 1e3 * seconds(contestant.act, 0.5)
-            found[name] += [(*times, products.operations / 1e9)] * (index >= 0)
+            times = unit[0] * seconds(contestant.update, 3.0, device), 1e3 * seconds(contestant.act, 0.5, device)
+            matrices = (products.seconds, products.operations / 1e9) if products else (math.nan, math.nan)
+            found[name] += [(*times, *matrices)] * (index >= 0)
     lines = [
-        f"| medians of {rounds} rounds | an update, s | ratio | of it matrix products, s (GFLOP) | an action, ms "
-        "| parameters |",
+        f"| medians of {rounds} rounds | an update, {unit[1]} | ratio | of it matrix products, s (GFLOP) "
+        "| an action, ms | parameters |",
         "|---|---|---|---|---|---|",
     ]
     for name, rows in found.items():
-        update, products, action, operations = (median(column) for column in zip(*rows, strict=True))
+        update, action, products, operations = (median(column) for column in zip(*rows, strict=True))
         ratio = median(row[0] / ours[0] for row, ours in zip(rows, found["dreamer.py"], strict=True))
-        cells = f"{update:.2f} | {ratio:.2f}x | {products:.2f} ({operations:.1f}) | {action:.2f}"
+        limit = f"{products:.2f} ({operations:.1f})" if device == "cpu" else "not measured"
+        cells = f"{update:.2f} | {ratio:.2f}x | {limit} | {action:.2f}"
         lines.append(f"| {name} | {cells} | {contestants[name].parameters:,} |")
     return "\n".join(lines)

@@ -297,7 +297,11 @@ DECLARED = (
     Suite(
         name="cart_pole",
         title="CartPole-v1",
-        entries=(Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20"),),
+        entries=(
+            Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20"),
+            Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
+            Entry("SB3 PPO", SB3, "CartPole-v1", 30_000, 5, "--algorithm ppo", baseline=True),
+        ),
         arguments="--eval-every 1000",
         xlim=(0, 30_000),
         ylim=(0, 520),
@@ -308,7 +312,11 @@ DECLARED = (
     Suite(
         name="acrobot",
         title="Acrobot-v1",
-        entries=(Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),),
+        entries=(
+            Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
+            Entry("SB3 DQN", SB3, "Acrobot-v1", 20_000, 5, "--algorithm dqn", baseline=True),
+            Entry("SB3 PPO", SB3, "Acrobot-v1", 20_000, 5, "--algorithm ppo", baseline=True),
+        ),
         arguments="--eval-every 1000 --eval-episodes 20",
         xlim=(0, 20_000),
         ylim=(-500, 0),
@@ -335,6 +343,40 @@ DECLARED = (
         xlim=(0, 50_000),
         ylim=(-1, 0.05),
         table_at=(5_000, 10_000, 20_000, 30_000, 40_000, 50_000),
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="dreamer_cart_pole",
+        title="CartPole-v1",
+        entries=(Entry("Dreamer", "dreamer.py", "CartPole-v1", 50_000, 5),),
+        arguments="",
+        xlim=(0, 50_000),
+        ylim=(0, 520),
+        table_at=(2_000, 5_000, 10_000, 15_000, 20_000, 30_000, 40_000, 50_000),
+        threshold=475,
+        **EVALUATIONS,
+    ),
+    Suite(
+        name="dreamer_pendulum",
+        title="Pendulum-v1",
+        entries=(Entry("Dreamer", "dreamer.py", "Pendulum-v1", 30_000, 3),),
+        arguments="",
+        xlim=(0, 30_000),
+        ylim=(-1_700, 0),
+        table_at=(2_000, 5_000, 10_000, 15_000, 20_000, 30_000),
+        threshold=-250,
+        **EVALUATIONS,
+    ),
+    # The authors' settings for this task; they count the simulator's steps, two for each of ours.
+    Suite(
+        name="dreamer_reacher",
+        title="reacher-easy of dm_control, actions repeated twice",
+        entries=(Entry("Dreamer", "dreamer.py", "benchmark.tasks:DMControl-v0", 25_000, 3, gpus=0.5),),
+        arguments="--size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5 "
+        "--warmup 1000 --eval-every 2500",
+        xlim=(0, 25_000),
+        ylim=(0, 1_000),
+        table_at=(2_500, 5_000, 10_000, 15_000, 20_000, 25_000),
         **EVALUATIONS,
     ),
     Suite(

@@ -3,12 +3,15 @@
 python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0
 python dreamer.py --env-id benchmark.tasks:Recall-v0
 
-The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only:
+The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only, and
+the tasks of dm_control (`pip install shimmy "dm_control<1.0.53"`), with actions that are repeated:
 
 python muzero.py --env-id benchmark.tasks:MinAtar/Breakout-v1
+python dreamer.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task=reacher-easy repeat=2
 """
 
 import contextlib
+import importlib
 from typing import ClassVar
 
 import gymnasium as gym
@@ -81,7 +84,29 @@ class Recall(gym.Env):
         return obs
 
 
-for _name, _class in (("Catch-v0", Catch), ("Recall-v0", Recall)):
+class Repeat(gym.Wrapper):
+    """Makes every action `repeat` times, or until the episode ends; the rewards are added up."""
+
+    def __init__(self, env: gym.Env, repeat: int):
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action: np.ndarray) -> tuple:
+        total, done, index = 0.0, False, 0
+        while index < self.repeat and not done:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total, done, index = total + float(reward), terminated or truncated, index + 1
+        return obs, total, terminated, truncated, info
+
+
+def make_dm_control(task: str = "reacher-easy", repeat: int = 2, render_mode: str | None = None) -> gym.Env:
+    """A task of dm_control, by its name in Shimmy; an episode is 1,000 steps of its own."""
+    importlib.import_module("shimmy")  # it registers them
+    drawing = {"render_mode": render_mode} if render_mode else {}
+    return Repeat(gym.make(f"dm_control/{task}-v0", **drawing), repeat)
+
+
+for _name, _class in (("Catch-v0", Catch), ("Recall-v0", Recall), ("DMControl-v0", make_dm_control)):
     if _name not in gym.registry:
         gym.register(_name, entry_point=_class)
 

@@ -201,7 +201,9 @@ def test_range_of_returns_is_updated_before_it_is_used_and_never_below_one():
 def test_gradient_goes_straight_through_samples():
     logits = torch.randn(2, 3, 4, generator=generator(), requires_grad=True)
     log_prob = dreamer.unimix(logits)
-    sample = dreamer.straight_through(dreamer.sample_onehot(log_prob.detach(), generator(1)), log_prob)
+    sample = dreamer.straight_through(
+        dreamer.sample_onehot(log_prob.detach(), dreamer.gumbel((2, 3, 4), generator(1))), log_prob
+    )
     weights = torch.randn(2, 3, 4, generator=generator(2))
     (got,) = torch.autograd.grad((weights * sample).sum(), logits, retain_graph=True)
     (wanted,) = torch.autograd.grad((weights * log_prob.exp()).sum(), logits)
@@ -211,7 +213,7 @@ def test_gradient_goes_straight_through_samples():
 
 def test_samples_follow_their_probabilities():
     log_prob = tensor([0.1, 0.6, 0.3]).log().expand(20_000, -1)
-    share = dreamer.sample_onehot(log_prob, generator()).mean(0)
+    share = dreamer.sample_onehot(log_prob, dreamer.gumbel(log_prob.shape, generator())).mean(0)
     torch.testing.assert_close(share, tensor([0.1, 0.6, 0.3]), atol=0.015, rtol=0)
 
 
