@@ -220,7 +220,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if wrong := [option for option in args.env_kwargs if "=" not in option]:
         raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
     try:
-        kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
+        kwargs: dict[str, Any] = {"frameskip": 1, "max_episode_steps": 108_000} if args.atari else {}  # frames
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
@@ -1463,7 +1463,7 @@ class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
     With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):

@@ -21,10 +21,11 @@ The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi 
     Self-play, at every step:
         Run N simulations from the latent state of the observation:
             Walk down by pUCT to a leaf; expand it with the model; take its value back to the root   (appendix B)
-        Act by the visits of the root's actions; store observation, action, reward, visits and root value
-    Training, on positions of the replay buffer, by priority:
+        Act by the visits of the root's actions; store observation, action, reward, the policy that was found (shares
+        of the visits) and the root's value
+    Training, on positions of the replay buffer, drawn uniformly or by priority:
         Unroll the model for K steps along the actions that were taken
-        Train rewards, n-step values and policies towards rewards, returns and visits                (equation 1)
+        Train predicted rewards, values and policies towards rewards, n-step returns and policies    (equation 1)
 
 `--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
 at the root some actions are drawn without replacement, and again and again the worse half of them is dropped, which
@@ -37,13 +38,15 @@ steps as DeepMind's mctx. What differs from the papers:
       more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
     - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
-      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. On the
-      cart pole the model blurred what an action changes without these.
+      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
+      these, the model of CartPole blurred the effects of actions.
     - Self-play can repeat actions (`repeat`), which it does on Acrobot.
     - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
-    - With two players it is values that tell who won, before the end of a game and after it, and no reward does; they
+    - With two players the value alone encodes the result, before the end of a game and after it: rewards are 0. Values
       are categories, and not scaled. The settings of the board games explore more.
-    - One observation is all that a state is made of; the reward is foretold from the state that it leads to; and the
+    - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
+      are trained with reward 0; and a part's last state is valued by the network until it is searched.
+    - A state is a single observation (no history); the reward is predicted from the state that it leads to; and the
       optimizer is Adam.
 
 Run:     python muzero.py
@@ -57,9 +60,9 @@ Expect:  On one of 2 busy CPU cores:
          choose the settings), 18 minutes.
          Acrobot-v1: -99, -80, -87, -85, -96 after 20,000 steps (5 seeds, of which the first served to choose the
          settings), 6 to 9 minutes.
-         TicTacToe-v0: after 50,000 steps of self-play, of the 640 to 680 games that an opponent can choose, whoever
-         begins, 2 of 3 seeds lose none and one loses a single one; as the first 99 % are won against random moves; half
-         an hour. The settings were chosen on one of the seeds.
+         TicTacToe-v0: after 50,000 steps of self-play, of the 610 to 680 games that an opponent can choose, whoever
+         begins, 4 of 5 seeds lose none and one loses a single one; moving first, it wins 99 % of its games against
+         random moves; half an hour. The settings were chosen on one of the seeds.
 """
 
 import argparse
@@ -144,7 +147,7 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     play: str | None = None
-    """Run folder of a board game, to play against its agent in the terminal; other options are ignored."""
+    """Run folder of a board game, to play against its agent in the terminal; of the others only `device` counts."""
     eval_env_kwargs: tuple[str, ...] = ()
     """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a game of a
     board is evaluated by self-play, whose return says nothing.)"""
@@ -152,8 +155,8 @@ class Args:
     """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
 
     num_envs: int = 8
-    """Environments that are played side by side, so that each call of the network serves as many searches; between two
-    of its steps each waits for the updates of all."""
+    """Environments that are played side by side, so that each call of the network serves as many searches; all of them
+    make a step, then all updates that are due are made."""
     gamma: float = 0.99
     """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
     them, rewards are the mover's, `support` is the largest of them, and `td_steps` as long as a game."""
@@ -162,7 +165,8 @@ class Args:
     num_simulations: int = 16
     """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
     max_considered: int = 16
-    """gumbel: how many actions of the root are tried (Gumbel MuZero: 16)."""
+    """gumbel: how many actions of the root are tried (Gumbel MuZero: 16). With 16 simulations and 16 or more actions
+    each of them is tried once, and nothing is halved."""
     dirichlet_alpha: float = 0.25
     """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess)."""
     dirichlet_fraction: float = 0.25
@@ -172,12 +176,12 @@ class Args:
     with 1 and lowers it)."""
     repeat: float = 0.0
     """Probability that self-play does once more what it did last, whatever the search says: where single actions change
-    little, what is random at each step gets nowhere (Dabney et al. 2021, "Temporally-extended epsilon-greedy
-    exploration"; MuZero: 0)."""
+    little, independent random ones cancel out (Dabney et al. 2021, "Temporally-extended epsilon-greedy exploration";
+    MuZero: 0)."""
     min_range: float = 0.05
-    """In each node Q is divided by its range there, but by no less than this share of the range of 0 and all values in
-    the replay. Without it two Q that are all but equal become 0 and 1, and the search follows the model's errors; the
-    larger, the more the policy counts against Q; 0: as in mctx."""
+    """Lower bound on the range by which the Q of a node are divided, as a share of the range of the values in the
+    replay (0 included). Without it two nearly equal Q become 0 and 1, and the search follows the model's errors; a
+    larger one gives the prior more weight; 0: as in mctx."""
 
     learning_starts: int = 500
     """Steps before the first update."""
@@ -193,9 +197,9 @@ class Args:
     buffer_size: int = 100_000
     """Positions in the replay buffer."""
     follow: float = 0.5
-    """A value target's n steps end before the first action whose probability is below this share of the most probable
+    """Cut a value target's n steps before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
-    they never do (MuZero; without reanalysis, too, 0 is the choice)."""
+    never (MuZero; without reanalysis, too, 0 is the choice)."""
     reanalyze_ratio: float = 40.0
     """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
     the place of policy and value of when the position was played (MuZero Reanalyze)."""
@@ -250,7 +254,7 @@ class Args:
             updates_per_step=(0, 1000),
             batch_size=(1, 10**6),
             unroll_steps=(1, 1000),
-            td_steps=(1, 10**6),
+            td_steps=(1, 200),
             buffer_size=(2, 10**9),
             follow=(0, 1),
             reanalyze_ratio=(0, 1000),
@@ -271,9 +275,9 @@ class Args:
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# Whatever an opponent does is to be answered: self-play of games explores widely, by noise, temperature and a large
-# `min_range`, which lets noise count, while `follow` and reanalysis keep the values those of good play. On the moon an
-# action changes little beside the range of all values; Acrobot gets nowhere by actions that are random at each step.
+# The agent of a game must answer any opponent: its self-play explores widely, by noise, temperature and a large
+# `min_range`, which lets noise count, while `follow` and reanalysis keep the values those of good play. In LunarLander
+# an action changes little beside the range of all values; on Acrobot independent random actions cancel out.
 BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
@@ -322,7 +326,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     if wrong := [option for option in args.env_kwargs if "=" not in option]:
         raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
     try:
-        kwargs: dict[str, Any] = {"frameskip": 1} if args.atari else {}
+        kwargs: dict[str, Any] = {"frameskip": 1, "max_episode_steps": 108_000} if args.atari else {}  # frames
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
@@ -356,6 +360,8 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
         )
     if not isinstance(action_space, gym.spaces.Discrete):
         raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py and mbpo.py")
+    if too_many := [space for space in (observation_space, action_space) if getattr(space, "n", 0) > 10_000]:
+        raise Failure(f"{too_many[0]} has more than 10,000 elements")
 
 
 def memory_of(env: gym.Env) -> dict:
@@ -440,6 +446,7 @@ class KInARow(gym.Env):
     """
 
     metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
+    foreseen: ClassVar[dict[tuple, Callable]] = {}  # what opponents found out, for all boards of the same kind
 
     def __init__(
         self,
@@ -450,6 +457,8 @@ class KInARow(gym.Env):
         opponent: int | None = None,
         render_mode: str | None = None,
     ):
+        if opponent is not None and (opponent != int(opponent) or opponent < 0):
+            raise ValueError(f"opponent must be a number of moves, not {opponent}")
         self.rows, self.columns, self.gravity = rows, columns, gravity
         self.opponent, self.render_mode = opponent, render_mode
         self.observation_space = gym.spaces.Box(0.0, 1.0, (rows, columns, 2), np.float32)
@@ -464,7 +473,8 @@ class KInARow(gym.Env):
                 fields = [i * columns + j for i, j in places]
                 for field in fields:
                     self.lines[field].append(sum(1 << other for other in fields))
-        self.foresee = lru_cache(maxsize=2**18)(self.foresee)  # which calls itself by this name
+        memory = lru_cache(maxsize=2**18)(self.look)
+        self.remembered = self.foreseen.setdefault((rows, columns, k, gravity), memory)
 
     def field(self, taken: int, action: int) -> int | None:
         """Where the stone of an action comes to lie; None: it is not allowed."""
@@ -480,8 +490,10 @@ class KInARow(gym.Env):
 
     def foresee(self, own: int, other: int, plies: int) -> float:
         """What the player to move gets at best within so many moves; 0 where that is open. Soon is better than late."""
-        if plies == 0:
-            return 0.0
+        return self.remembered(own, other, plies) if plies else 0.0
+
+    def look(self, own: int, other: int, plies: int) -> float:
+        """`foresee`, for the first time."""
         moves = self.moves(own, other)
         values = (1.0 if won else -0.99 * self.foresee(other, after, plies - 1) for _, after, won in moves)
         return max(values, default=0.0)
@@ -533,9 +545,7 @@ class KInARow(gym.Env):
 
     def render(self) -> str | np.ndarray | None:
         """The board, X for who began: text, or pixels (48 * rows, 48 * columns, 3)."""
-        first, second = (self.own, self.other) if self.turns % 2 == 0 else (self.other, self.own)
-        fields = np.arange(self.rows * self.columns).reshape(self.rows, self.columns)
-        kind = np.vectorize(lambda field: (first >> field & 1) + 2 * (second >> field & 1))(fields)
+        kind = self.observation()[0].astype(int) @ ([1, 2] if self.turns % 2 == 0 else [2, 1])
         if self.render_mode == "ansi":
             return "\n".join(" ".join(".XO"[i] for i in row) for row in kind)
         if self.render_mode == "rgb_array":
@@ -597,7 +607,7 @@ def expectation(logits: Values, scaled: bool = True) -> Values:
     return unscale(mean) if scaled else mean
 
 
-HEADS = ("reward", "value", "policy")  # in the order in which `predict` gives their logits
+HEADS = ("reward", "value", "policy")  # in the order in which `predict` gives their logits (a search wants another)
 
 
 class Net(NamedTuple):
@@ -606,7 +616,7 @@ class Net(NamedTuple):
     represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
     dynamics: Callable[..., Values]  # latents, actions (B,) -> the next latents
     predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
-    two_players: bool  # who win or lose: values are not scaled by h, -1, 0 and 1 are categories as they are
+    two_players: bool  # a zero-sum game: values -1, 0, 1 are the categories, not scaled by h
 
 
 def make_network(
@@ -826,14 +836,14 @@ class Replay:
         offset = np.minimum(np.arange(count), self.columns["left"][rows][:, None])
         return (rows[:, None] + offset) % len(self.columns["left"])
 
-    def n_step_returns(self, rows: Array, n: int, gamma: float) -> Array:
+    def n_step_returns(self, rows: Array, n: int, gamma: float, follow: bool = True) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
         are left, v is that of the last state: as stored after a termination, after a truncation the network's, until
         the state is searched. With `follow`, n ends before the first action that today's policy would not take: where
         that is the first of all, the target is the search's own value."""
         columns, index, steps = self.columns, self.onwards(rows, n), np.arange(n)
         ahead = np.minimum(columns["left"][rows], n)  # (R,)
-        ends = (steps >= ahead[:, None]) | ~columns["followed"][index]
+        ends = (steps >= ahead[:, None]) | (~columns["followed"][index] if follow else False)
         ahead = np.where(ends.any(1), ends.argmax(1), ahead)
         rewards = columns["reward"][index]
         discounts = float(gamma) ** np.arange(n + 1)
@@ -925,7 +935,7 @@ class Tree:
         self.prediction[rows] = self.value[rows] = value
         self.visits[rows] = 1
 
-    def walk(self, selected: Array) -> tuple[Array, list[tuple]]:
+    def walk(self, selected: Array) -> tuple[Array, list[tuple[Array | None, Array, Array]]]:
         """Down all trees by the `selected` actions of their nodes, to an edge with no node behind it. Returns these
         edges (B,) and the path: for each level the trees still walking (None: all), their rows and their edges."""
         child, leaf = self.child.reshape(-1), np.empty(len(self.roots), np.int64)
@@ -953,7 +963,7 @@ class Tree:
         )
         rewards, back, stop = reward.take(edges), np.empty(len(edges), np.float32), len(edges)
         returned = leaf_value.astype(np.float32)  # to the node of each tree on the level
-        for walking, node, _ in reversed(path):
+        for walking, node, _ in reversed(path):  # the deepest level first, which is the last slice of what is joined
             level = slice(stop - len(node), stop)
             stop -= len(node)
             if walking is None:
@@ -978,9 +988,9 @@ def search(
 ) -> None:
     """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root.
 
-    `select`: rows -> the actions to walk on by; `select_root`: the same for the roots, where it differs. What a node
-    selects changes only when something comes back through it, so it is computed then, for all nodes of a path at once,
-    and a step down is but a look into a table.
+    `select`: rows (R,) -> the actions (R,) to walk on by; `select_root`: the same for the roots, where it differs. What
+    a node selects changes only when something comes back through it, so it is computed then, for all nodes of a path at
+    once, and a step down is but a look into a table.
     """
     selected = np.zeros(len(tree.value), np.int64)
     selected[tree.roots] = select(tree.roots)
@@ -1000,7 +1010,8 @@ def search(
 
 @cache
 def exploration(num_simulations: int, base: float = 19_652, init: float = 1.25) -> Array:
-    """(init + log((n + base + 1) / base)) * sqrt(n) for n = 0, 1, ... visits of a node (MuZero, equation 2)."""
+    """(init + log((n + base + 1) / base)) * sqrt(n) for n = 0, 1, ... visits of a node (MuZero, equation 2). As in
+    mctx they include the node's own evaluation; the paper's do not, so that its first choice ignores the prior."""
     n = np.arange(num_simulations + 2)
     return ((init + np.log((n + base + 1) / base)) * np.sqrt(n)).astype(np.float32)
 
@@ -1029,7 +1040,7 @@ def muzero_search(
     Returns the policies found (B, A), the shares of the visits, and the most visited actions (B,).
     """
     roots, table = tree.roots, exploration(num_simulations)
-    tree.prior[roots] = np.where(legal, tree.prior[roots], -np.inf)  # never the best
+    tree.prior[roots] = np.where(legal, tree.prior[roots], -np.inf)  # of which every score is -inf, too
     search(recurrent, tree, discount, num_simulations, lambda node: puct(tree, node, table).argmax(1))
     visits = tree.edge_visits[roots]
     return visits / visits.sum(1, keepdims=True), visits.argmax(1)
@@ -1061,14 +1072,14 @@ def completed_q(tree: Tree, node: Array) -> Array:
     return np.where(seen, q, mixed)
 
 
-def sigma(tree: Tree, node: Array, maxvisit_init: float = 50, value_scale: float = 0.1) -> Array:
+def sigma(tree: Tree, node: Array, c_visit: float = 50, c_scale: float = 0.1) -> Array:
     """The completed Q (B, A) of nodes (B,) as what is added to logits (equation 8), rescaled to [0, 1] before, as in
-    mctx, from which the constants are."""
+    mctx, from which the constants are (the paper's c_visit and c_scale)."""
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
     rescaled = rescale(tree, completed, low, high)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
-    return (maxvisit_init + visits) * value_scale * rescaled
+    return (c_visit + visits) * c_scale * rescaled
 
 
 def gumbel_search(
@@ -1134,7 +1145,8 @@ class Agent:
             raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
         self.obs_shape = shape if convolutional else (math.prod(shape),)
         # Numbers of a vector can be of any size; those of boards, and one-hot ones, are what they should be.
-        self.standardises = len(observation_space.shape) == 1 and dtype == np.float32
+        box = isinstance(observation_space, gym.spaces.Box)
+        self.standardises = box and len(observation_space.shape) != 3 and dtype == np.float32
         self.mean, self.std = np.zeros(self.obs_shape, np.float32), np.ones(self.obs_shape, np.float32)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
@@ -1157,7 +1169,7 @@ class Agent:
         """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
         if isinstance(self.space, gym.spaces.Discrete):
             return (np.arange(self.space.n) == int(obs) - int(self.space.start)).astype(np.float32)
-        return np.asarray(obs, self.replay.columns["obs"].dtype).reshape(self.obs_shape)
+        return np.array(obs, self.replay.columns["obs"].dtype).reshape(self.obs_shape)  # a copy
 
     def unit(self, rows: Array) -> Array:
         """Observations as the network wants them: bytes are scaled to [0, 1], vectors by what the replay holds."""
@@ -1208,15 +1220,19 @@ class Agent:
             policy, action = muzero_search(*settings)
             if rng is not None:
                 weights = (policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)
-                cumulated = weights.cumsum(1) / weights.sum(1, keepdims=True)
-                action = (rng.random((len(policy), 1)) < cumulated).argmax(1)
+                cumulated = weights.cumsum(1)
+                action = (rng.random((len(policy), 1)) * cumulated[:, -1:] < cumulated).argmax(1)
         return policy, action, (policy * completed_q(tree, tree.roots)).sum(1), tree
 
     def legal(self, info: dict | None) -> Array:
         """(A,): what `info["action_mask"]` allows, everything where there is none."""
         mask = (info or {}).get("action_mask")
-        self.masked = self.masked or mask is not None
-        return np.ones(self.num_actions, bool) if mask is None else np.asarray(mask, bool)
+        if mask is None:
+            return np.ones(self.num_actions, bool)
+        self.masked, mask = True, np.asarray(mask, bool)
+        if mask.shape != (self.num_actions,) or not mask.any():
+            raise Failure(f"info['action_mask'] must allow one of {self.num_actions} actions, not be {mask.tolist()}")
+        return mask
 
     def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
         """Actions for all environments, drawn as self-play does."""
@@ -1286,14 +1302,15 @@ class Agent:
         rows = self.replay.add(columns)[:-1]
         if self.replay.added >= 1.01 * self.measured:
             self.measure()
-        self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma) - value)
+        # The first priority is that of all n steps: where `follow` cuts off all of them, there would be no error.
+        self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma, follow=False) - value)
         came, following = np.empty(length), last_value  # how well did the searches foresee what came?
         for t in reversed(range(length)):
             came[t] = following = reward[t] + args.gamma * following
         self.logs["planner/value_error"] = float(np.abs(came - value).mean())
 
     def prioritise(self, rows: Array, error: Array) -> None:
-        """Positions are drawn the oftener, the farther their value was from its target."""
+        """Positions are drawn more often the further their value was from its target."""
         self.replay.columns["priority"][rows] = (np.abs(error) + 1e-3) ** self.args.priority_exponent
 
     def measure(self) -> None:
@@ -1511,7 +1528,7 @@ class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
     With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks `greedy_policy(seed)`, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -1681,9 +1698,9 @@ def provenance() -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
-def play(folder: str) -> dict:
+def play(folder: str, device: str) -> dict:
     """Games in the terminal against the agent of a run, who searches as it does in evaluations."""
-    args = saved_args(folder)
+    args = dataclasses.replace(saved_args(folder), device=device)
     if not isinstance(make_env(args).unwrapped, KInARow):
         raise Failure(f"--play is for the board games of this script, not for {args.env_id}")
     env = make_env(args, "ansi")
@@ -1705,8 +1722,10 @@ def play(folder: str) -> dict:
                 action = policy(obs, info)
                 print(f"My move: {action}")
             while yours:
+                print("Your move: ", end="", flush=True)
                 text = sys.stdin.readline().strip()
                 if not text:
+                    print(f"You have won {results['won']}, lost {results['lost']}, drawn {results['drawn']}.")
                     return results
                 if text.isdecimal() and int(text) < len(info["action_mask"]) and info["action_mask"][int(text)]:
                     action = int(text)
@@ -1722,7 +1741,7 @@ def train(args: Args) -> dict:
     """MuZero: self-play and training in turns; returns what is in result.json."""
     torch.set_num_threads(args.threads)
     if args.play:
-        return play(args.play)
+        return play(args.play, args.device)
     envs = [make_env(args) for _ in range(args.num_envs)]
     game = envs[0].unwrapped
     if isinstance(game, KInARow) and (args.gamma < 0) != (game.opponent is None):

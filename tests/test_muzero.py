@@ -730,6 +730,37 @@ def test_an_agent_knows_whether_some_actions_are_not_allowed():
     assert agent.masked
 
 
+@pytest.mark.parametrize("mask", [np.zeros(2, np.int8), np.ones(3, np.int8)])
+def test_a_mask_allows_an_action_and_is_as_long_as_there_are_actions(mask):
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args())
+    with pytest.raises(muzero.Failure, match="action_mask"):
+        agent.act(np.zeros(2), {"action_mask": mask})
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [((), True), ((4,), True), ((1, 4), True), ((3, 3, 2), False)])
+def test_numbers_are_standardised_whatever_their_shape_but_not_boards(shape, wanted):
+    agent = muzero.Agent(gym.spaces.Box(-9, 9, shape), gym.spaces.Discrete(2), small_args())
+    assert agent.standardises is wanted
+
+
+def test_an_observation_is_kept_where_the_environment_writes_the_next_one_over_it():
+    agent, obs = muzero.Agent(gym.spaces.Box(-9, 9, (2,)), gym.spaces.Discrete(2), small_args()), np.ones(2, np.float32)
+    row = agent.row(obs)
+    obs[:] = 7
+    np.testing.assert_array_equal(row, [1, 1])
+
+
+def test_the_first_priority_is_that_of_all_steps_where_follow_cuts_off_all_of_them():
+    args = small_args(priority_exponent=1.0, follow=0.5, td_steps=5)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), args)
+    policy, legal = np.array([1.0, 0.0]), np.ones(2, bool)  # action 1 is what today's policy would not do
+    part = [(np.zeros(2, np.float32), 1, 1.0, policy, 0.0, legal) for _ in range(3)]
+    agent.store(part, np.zeros(2, np.float32), True)
+    rows = np.arange(3)
+    np.testing.assert_array_equal(agent.replay.n_step_returns(rows, 5, 0.99), 0)  # the search's own values
+    np.testing.assert_allclose(agent.replay.columns["priority"][rows], [1 + 0.99 + 0.99**2 + 1e-3, 1.991, 1.001])
+
+
 @pytest.mark.parametrize(("steps", "wanted"), [(1_000, 1e-4), (2_000, 1e-5), (50_000, 1e-5)])
 def test_step_size_falls_to_a_hundredth_and_no_further(steps, wanted):
     args = small_args(learning_rate=1e-3, decay_steps=1_000, learning_starts=10**6, updates_per_step=1)
@@ -866,6 +897,30 @@ def test_search_with_the_true_rules_reaches_the_minimax_value():
         assert np.sign(values[chosen]) == np.sign(max(values.values()))
 
 
+def test_a_large_board_can_be_drawn():
+    env = muzero.KInARow(9, 9, 5, render_mode="ansi")
+    env.reset(seed=0)
+    for field in (80, 0, 79):
+        env.step(field)
+    assert env.render().split("\n")[-1].split() == 7 * ["."] + 2 * ["X"]
+    assert env.render().split("\n")[0].split() == ["O"] + 8 * ["."]
+
+
+def test_opponents_of_a_board_share_what_they_found_out():
+    first, second = (muzero.KInARow(3, 4, 3, opponent=4) for _ in range(2))
+    value = first.foresee(1, 2, 4)
+    misses = first.remembered.cache_info().misses
+    assert second.foresee(1, 2, 4) == value
+    assert second.remembered.cache_info().misses == misses
+    assert muzero.KInARow(3, 4, 4, opponent=4).remembered is not first.remembered
+
+
+@pytest.mark.parametrize("opponent", [-1, 2.5])
+def test_an_opponent_looks_a_number_of_moves_ahead(opponent):
+    with pytest.raises(ValueError, match="number of moves"):
+        muzero.KInARow(opponent=opponent)
+
+
 def test_play_in_the_terminal(tmp_path):
     folder = tmp_path / "runs"
     args = ["--env-id", "TicTacToe-v0", "--total-timesteps", 40, "--eval-episodes", 2, "--run-dir", folder]
@@ -877,6 +932,8 @@ def test_play_in_the_terminal(tmp_path):
     assert played.returncode == 0, played.stderr
     assert "Allowed are" in played.stdout
     assert "You have" in played.stdout or "A draw" in played.stdout
+    assert "Your move:" in played.stdout
+    assert "You have won" in played.stdout.splitlines()[-1]
     evaluated = subprocess.run(
         [*command("muzero")[:2], "--evaluate", str(only_run(folder))], capture_output=True, text=True, timeout=60
     )
