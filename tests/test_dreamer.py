@@ -726,3 +726,29 @@ def test_what_is_trained_on_has_the_action_before_each_observation():
 @pytest.mark.slow
 def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
     assert dreamer.train(dreamer.Args(run_dir=str(tmp_path)))["eval_return_mean"] >= 475
+
+
+def test_recorded_is_the_function_itself_where_there_is_no_gpu():
+    calls = []
+    recorded = dreamer.Recorded(lambda inputs: calls.append(inputs) or {"sum": inputs["a"] + inputs["b"]}, generator())
+    inputs = {"a": torch.ones(2), "b": torch.ones(2)}
+    for _ in range(5):
+        assert recorded(inputs)["sum"].tolist() == [2, 2]
+    assert calls == 5 * [inputs]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_does_what_its_operations_do_one_by_one():
+    found = []
+    for graph in (False, True):
+        agent = small_agent(num_envs=1, device="cuda")
+        steps_of(agent, 40, (9, 20))
+        if not graph:
+            agent.learn, agent.see = agent.learn_now, agent.see_now
+        for _ in range(8):
+            agent.update_once()
+        found.append((agent.scalars(), agent.generator.get_state(), [agent.act(np.ones(3)) for _ in range(6)]))
+    (one, first, acts), (other, second, others) = found
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert torch.equal(first, second)
+    assert acts == others
