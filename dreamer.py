@@ -13,9 +13,9 @@
 """DreamerV3: learn a latent model of the world, and learn to act in nothing but its imagination.
 
 A recurrent network keeps a state of the world: a deterministic part that remembers, and categorical samples for what
-cannot be foreseen. It learns to foretell the samples that each new observation leads to, and to tell from the state the
-observation, the reward and whether the episode goes on. From every state it has seen it imagines some steps. From these
-an actor and a critic learn; the critic also from the rewards that really came.
+cannot be foreseen. It learns to predict the samples that each new observation leads to, and from the state the
+observation, the reward and whether the episode continues. From states it has seen it imagines some steps. From these an
+actor and a critic learn; the critic also from the rewards that really came.
 
 The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through world models"):
 
@@ -28,12 +28,18 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor
             Store the states that were inferred
 
-Details are those of the authors' present code, danijar/dreamerv3, from which this script departs in this: the numbers
-of observations are standardised (`standardise`), and imagination starts from a part of the states only
-(`imagination_starts`); one layer, not several, gives all numbers of an observation, and both mean and deviation of the
-actor; one-hot choices in an observation are fitted by squared error, too; pictures are halved down to about 4 x 4
-whatever their size, and those of Atari games hold the last 4 frames; evaluation takes the most likely action and does
-not draw.
+Details are those of the authors' current code, danijar/dreamerv3, from which this script departs in this:
+
+    - The continuous inputs of an observation are standardised (`standardise`). The settings suit small networks and
+      short runs: step size, warm-up, sequences.
+    - Imagination starts from only some of the states (`imagination_starts`). The critic learns from all real steps;
+      where nothing was imagined it bootstraps from its own value.
+    - The actor of discrete actions is mixed with 1 % of the uniform distribution, as in the paper.
+    - One layer, not several, gives all numbers of an observation, and both mean and deviation of the actor; one-hot
+      choices in an observation are fitted by squared error, too.
+    - Pictures are halved down to about 4 x 4 whatever their size. Their loss is a sum over pixels, so that it counts
+      less for small ones. Those of Atari games hold the last 4 frames.
+    - Acting is in single precision, also with `bf16`; evaluation takes the most likely action and does not draw.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512 --learning-rate 4e-5    (GPU)
@@ -107,7 +113,8 @@ class Args:
     threads: int = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the recurrent model with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    """Compile the steps of the model with torch.compile, which changes nothing but speed and rounding: a small gain on
+    a CPU, a larger one on a GPU."""
     eval_every: int = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: int = 5
@@ -244,8 +251,13 @@ def check_observation(obs: Any, space: gym.Space) -> None:
         for name, part in space.items():
             check_observation(obs[name], part)
     elif isinstance(space, gym.spaces.Box):
-        if np.shape(obs) != space.shape or not np.isfinite(obs).all():
-            raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape}")
+        obs = np.asarray(obs)
+        if (
+            obs.shape != space.shape
+            or not np.can_cast(obs.dtype, space.dtype, "same_kind")
+            or not np.isfinite(obs).all()
+        ):
+            raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape} and type {space.dtype}")
     elif not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
 
@@ -258,9 +270,9 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
         raise Failure(
             f"observations must be Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them, not {unknown[0]}"
         )
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be Discrete or a Box with bounds, not {action_space}")
+    box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not (box and action_space.is_bounded()) and not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"actions must be Discrete or a bounded Box of floating-point numbers, not {action_space}")
 
 
 def memory_of(env: gym.Env) -> dict:
@@ -405,12 +417,13 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def lambda_return(last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, disc: float, lam: float = 0.95) -> Tensor:
-    """(B, T) each -> (B, T - 1): ret[t] = rew[t+1] + live * ((1 - cont) * boot[t+1] + cont * ret[t+1]), where live is
-    disc * (1 - term[t+1]), and cont is lam * (1 - last[t+1]): what comes after an end of episode is not its future."""
-    live, cont = disc * (1 - term[:, 1:]), lam * (1 - last[:, 1:])
-    interim, returns = rew[:, 1:] + (1 - cont) * live * boot[:, 1:], [boot[:, -1]]
+    """(B, T) each -> (B, T - 1): R[t] = r[t+1] + disc * c[t+1] * ((1 - lam) * v[t+1] + lam * R[t+1]), c = 1 - term.
+    Where an episode is broken off (`last`), lam is 0: what comes after is not its future. The index of a reward is that
+    of the observation it comes with, not of the action."""
+    live, mix = disc * (1 - term[:, 1:]), lam * (1 - last[:, 1:])
+    interim, returns = rew[:, 1:] + (1 - mix) * live * boot[:, 1:], [boot[:, -1]]
     for t in reversed(range(interim.shape[1])):
-        returns.append(interim[:, t] + live[:, t] * cont[:, t] * returns[-1])
+        returns.append(interim[:, t] + live[:, t] * mix[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], dim=1)
 
 
@@ -422,9 +435,9 @@ class LaProp(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Parameters,
-        lr: float = 4e-5,
+        lr: float,
+        warmup: int,
         agc: float = 0.3,
-        warmup: int = 1000,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-20,
@@ -576,7 +589,7 @@ class RSSM(nn.Module):
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
         x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
         x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
-        # (3, B, deter): where a gate lies together in memory, its functions are faster on a CPU.
+        # (3, B, deter): the functions of gates that are contiguous are faster on a CPU.
         gates = self.gates(self.blocked(x)).unflatten(-1, (3, -1)).permute(2, 1, 0, 3).flatten(2)
         reset, cand, update = gates
         cand, update = (reset.sigmoid() * cand).tanh(), (update - 1).sigmoid()
@@ -593,8 +606,9 @@ class RSSM(nn.Module):
     def observe_step(
         self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, noise: Tensor
     ) -> tuple[Latent, Tensor]:
-        """The state after the previous action and the new observation, and its posterior (B, stoch, classes), from
-        which `noise` draws. Where an episode begins (`first`), state and action before it are zero."""
+        """The state after the previous action (B, A) and the new observation's tokens (B, E), and its posterior (B,
+        stoch, classes), from which `noise`, of that shape, draws. Where an episode begins (`first`, (B,)), state and
+        action before it are zero. Gradients go straight through the sample, here; imagination has none."""
         keep = (~first).to(latent.deter.dtype)[:, None]
         latent = Latent(latent.deter * keep, latent.stoch * keep[..., None])
         deter = self.core(latent, action * keep)
@@ -786,9 +800,10 @@ class Networks(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 class Replay:
     """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
-    is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state of then.
+    is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state.
 
-    Sequences are drawn uniformly by where they begin, but every `length` new steps are first served once as they are.
+    Sequences begin anywhere, uniformly; in addition each new chunk of `length` steps is served once, soon after it was
+    added.
     With a `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in
     which no sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
     """
@@ -817,8 +832,15 @@ class Replay:
         path = self.folder / f"{name}.npy"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            return np.lib.format.open_memmap(path, "w+", dtype, shape)
-        found = np.lib.format.open_memmap(path, "r+")
+            found = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk is to be told now: later it would kill the process
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return found
+        try:
+            found = np.lib.format.open_memmap(path, "r+")
+        except ValueError as error:
+            raise Failure(f"{path} is damaged: {error}") from error
         if found.shape[1] < shape[1]:
             raise Failure(f"{path} has no room for checkpoints that far apart; --checkpoint-every must not grow")
         return found
@@ -884,12 +906,13 @@ class Replay:
 # ---------------------------------------------------------------------------------------------------------------------
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
-# There is no search: what an actor has learned in imagination takes its place. The world model's losses are here, too.
+# There is no search: what an actor has learned in imagination takes its place. All losses are here.
 LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
 
 
 class Percentiles:
-    """The range of returns: moving averages of their 5th and 95th percentiles, from 0, with no correction of bias."""
+    """The range of returns: exponential moving averages of their 5th and 95th percentiles, which begin at 0 and are not
+    bias-corrected."""
 
     def __init__(self, device: torch.device):
         self.low, self.high = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -924,7 +947,7 @@ def imagination_loss(
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
     slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
     val = twohot_mean(value.detach(), bins)
-    weight = con.cumprod(1)[:, :-1]  # con has the discount in it
+    weight = con.cumprod(1)[:, :-1]  # the head was trained on disc * (1 - terminal): the discount is in con
     ret = lambda_return(torch.zeros_like(con), 1 - con, rew, val, 1.0, lam)
     adv = (ret - val[:, :-1]) / percentiles.update(ret)
     policy_loss = -weight * (log_density * adv + actent * entropy)
@@ -986,7 +1009,7 @@ def dreamer_loss(
     value = nets.critic(feature)
     with torch.no_grad():
         slow_value = slow_critic(feature)
-        boot = twohot_mean(value, nets.bins)  # where nothing was imagined; elsewhere the imagined return
+        boot = twohot_mean(value, nets.bins)  # the critic's value where nothing was imagined, else the imagined return
         boot[:, -imagination_starts:] = ret[:, 0].view(len(last), -1)
     losses["repval"] = replay_value_loss(last, terminal, batch["reward"], boot, value, slow_value, nets.bins, disc)
     logs = {
@@ -1005,7 +1028,8 @@ def dreamer_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 class Observer:
     """Turns observations of a space into what the networks see: one vector, in which the numbers of a Box are passed
-    through symlog and choices are one-hot, and one picture of bytes, resized to `image_size` where that is above 0."""
+    through symlog and choices are one-hot, and one picture of bytes, resized to `image_size` where that is above 0. A
+    picture is a Box of uint8 up to 255, (height, width) or (height, width, channels)."""
 
     def __init__(self, space: gym.Space, image_size: int):
         self.space, self.image_size = space, image_size
@@ -1015,6 +1039,8 @@ class Observer:
         if len({part.shape[:2] for part in image}) > 1:
             raise Failure("pictures of an observation that are not of one size need an --image-size above 0")
         self.image = np.concatenate(image, axis=-1).shape if image else None
+        if not self.vector and not self.image:
+            raise Failure(f"observations of {space} hold nothing")
         if self.image and (min(self.image[:2]) < 8 or any(side % 2 ** halvings(self.image) for side in self.image[:2])):
             raise Failure(
                 f"pictures of {self.image[:2]} cannot be halved down to 4 x 4; take an --image-size of 8, 16, ..."
@@ -1025,7 +1051,7 @@ class Observer:
         if isinstance(space, gym.spaces.Dict):
             found = [self.parts(part, obs[name]) for name, part in space.items()]
             return [part for vector, _ in found for part in vector], [part for _, image in found for part in image]
-        if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
+        if self.is_picture(space):
             image = np.asarray(obs).reshape(*space.shape[:2], -1)
             if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
                 pictures = torch.from_numpy(image.copy()).movedim(-1, 0)[None].float()
@@ -1036,6 +1062,14 @@ class Observer:
             values = np.asarray(obs, np.float64).reshape(-1)
             return [(np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)], []
         return [np.asarray(gym.spaces.flatten(space, obs), bool).reshape(-1)], []
+
+    def is_picture(self, space: gym.Space) -> bool:
+        box = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+        if not box or space.high.max() < 255:
+            return False
+        if len(space.shape) == 3 and space.shape[0] <= 4 < space.shape[2]:
+            raise Failure(f"pictures must be (height, width, channels), not {space.shape}")
+        return True
 
     def __call__(self, obs: Any) -> dict[str, Array]:
         vector, image = self.parts(self.space, obs)
@@ -1071,7 +1105,7 @@ class Recorded:
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.generator.device.type != "cuda":
             return self.function(inputs)
-        # Of one layout, too, for what is compiled: a graph cannot be recorded while something is compiled anew.
+        # Contiguous, so that compiled code sees one layout: a recompilation while a graph is recorded would fail.
         inputs = {name: part.contiguous() for name, part in inputs.items()}
         shapes = tuple(part.shape for part in inputs.values())
         self.calls[shapes] = self.calls.get(shapes, 0) + 1
@@ -1116,12 +1150,12 @@ class Agent:
         self.nets = Networks(self.shapes, self.size, self.generator)
         self.slow_critic = copy.deepcopy(self.nets.critic).requires_grad_(False)
         self.percentiles = Percentiles(self.device)
-        self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, warmup=args.warmup)
+        self.optimizer = LaProp(list(self.nets.parameters()), args.learning_rate, args.warmup)
         if args.compile:
             for name in ("observe_step", "imagine_step"):
                 setattr(self.nets.rssm, name, torch.compile(getattr(self.nets.rssm, name)))
         self.see, self.learn = Recorded(self.see_now, self.generator), Recorded(self.learn_now, self.generator)
-        rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # one before: its latent state, action
+        rows, length = args.replay_size // args.num_envs, args.batch_length + 1  # one row in front: latent, action
         # What is added between two checkpoints, twice: a row a step, and one more for each episode that ends.
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
         self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
@@ -1377,7 +1411,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
@@ -1511,7 +1545,7 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before):
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})

@@ -344,8 +344,10 @@ def check_observation(obs: Any, space: gym.Space) -> None:
     """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
-    if np.shape(obs) != space.shape or not np.isfinite(obs).all():
-        raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape}")
+    obs = np.asarray(obs)
+    fits = obs.shape == space.shape and np.can_cast(obs.dtype, space.dtype, "same_kind")
+    if not fits or not np.isfinite(obs).all():
+        raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape} and type {space.dtype}")
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
@@ -1436,7 +1438,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # what learning does not depend on
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 CHANGEABLE.update({"eval_env_kwargs", "play"})
 
@@ -1572,7 +1574,7 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before):
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})

@@ -38,7 +38,7 @@ def small_args(**fields: object) -> dreamer.Args:
 def small_agent(
     observation: gym.Space | None = None, action: gym.Space | None = None, **fields: object
 ) -> dreamer.Agent:
-    observation = observation or gym.spaces.Box(-1, 1, (3,), np.float32)
+    observation = gym.spaces.Box(-1, 1, (3,), np.float32) if observation is None else observation
     return dreamer.Agent(observation, action or gym.spaces.Discrete(2), small_args(**fields))
 
 
@@ -752,3 +752,45 @@ def test_a_graph_does_what_its_operations_do_one_by_one():
     assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
     assert torch.equal(first, second)
     assert acts == others
+
+
+BOX = gym.spaces.Box
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "message"),
+    [
+        (BOX(0, 255, (3, 16, 16), np.uint8), None, "height, width, channels"),
+        (gym.spaces.Dict({}), None, "hold nothing"),
+        (BOX(-1, 1, (0,)), None, "hold nothing"),
+        (BOX(-1, 1, (3,)), BOX(0, 2, (1,), np.int64), "floating-point"),
+        (BOX(-1, 1, (3,)), BOX(-np.inf, np.inf, (1,)), "bounded"),
+    ],
+)
+def test_spaces_that_are_refused(observation, action, message):
+    with pytest.raises(dreamer.Failure, match=message):
+        small_agent(observation, action)
+
+
+def test_bytes_that_are_no_colours_are_numbers():
+    board = small_agent(BOX(0, 1, (4, 4, 2), np.uint8))
+    assert (board.shapes.vector, board.shapes.image) == (32, None)
+    picture = small_agent(BOX(0, 255, (16, 16), np.uint8), image_size=0)
+    assert (picture.shapes.vector, picture.shapes.image) == (0, (16, 16, 1))
+
+
+def test_an_observation_is_of_the_type_that_the_space_says():
+    picture = BOX(0, 255, (2, 2), np.uint8)
+    dreamer.check_observation(np.ones((2, 2), np.uint8), picture)
+    dreamer.check_observation([1.0, 2.0], BOX(-9, 9, (2,), np.float32))
+    with pytest.raises(ValueError, match="uint8"):
+        dreamer.check_observation(np.full((2, 2), 0.7), picture)
+
+
+def test_files_of_a_replay_that_are_damaged_are_told(tmp_path):
+    shapes, size = Shapes(3, None, 2, True), dreamer.SIZES["1m"]
+    settings = shapes, size, 1, 20, 5, 0, tmp_path
+    dreamer.Replay(*settings)
+    (tmp_path / "vector.npy").write_bytes(b"x")
+    with pytest.raises(dreamer.Failure, match=r"vector\.npy is damaged"):
+        dreamer.Replay(*settings)

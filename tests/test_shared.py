@@ -239,6 +239,23 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_never_killed(script,
     assert result(run) == result(whole)
 
 
+def test_a_checkpoint_holds_no_nan_though_logs_are_further_apart(script, tmp_path):
+    class Agent:
+        def metrics(self) -> dict:
+            return {"losses/loss": math.nan}
+
+        def state_dict(self) -> dict:
+            return {}
+
+    args = tiny_args(script, total_timesteps=1_000, checkpoint_every=5, eval_every=10**6, run_dir=str(tmp_path))
+    run = script.Run(args, Agent(), [])
+    with pytest.raises(script.Failure, match="losses/loss is nan"):
+        for _ in run.steps():
+            pass
+    assert run.step == 5
+    assert not list(tmp_path.glob("*/*checkpoint*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_and_the_command_to_continue(script, tmp_path, number):
     long = 20_000 if script.__name__ in TABULAR else 500
