@@ -312,9 +312,9 @@ def check_observation(obs: Any, space: gym.Space) -> None:
     """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
-    obs = np.asarray(obs)
-    fits = obs.shape == space.shape and np.can_cast(obs.dtype, space.dtype, "same_kind")
-    if not fits or not np.isfinite(obs).all():
+    array = np.asarray(obs)
+    fits = array.shape == space.shape and np.can_cast(array.dtype, space.dtype, "same_kind")
+    if not fits or not np.isfinite(array).all():
         raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape} and type {space.dtype}")
 
 
