@@ -251,12 +251,9 @@ def check_observation(obs: Any, space: gym.Space) -> None:
         for name, part in space.items():
             check_observation(obs[name], part)
     elif isinstance(space, gym.spaces.Box):
-        obs = np.asarray(obs)
-        if (
-            obs.shape != space.shape
-            or not np.can_cast(obs.dtype, space.dtype, "same_kind")
-            or not np.isfinite(obs).all()
-        ):
+        array = np.asarray(obs)
+        fits = array.shape == space.shape and np.can_cast(array.dtype, space.dtype, "same_kind")
+        if not fits or not np.isfinite(array).all():
             raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape} and type {space.dtype}")
     elif not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
