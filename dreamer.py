@@ -161,7 +161,8 @@ class Args:
     learning_rate: float = 5e-4
     """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
     warmup: int = 200
-    """Updates during which the step size rises from 0 (DreamerV3: 1000)."""
+    """Updates during which the step size rises from 0 (DreamerV3: 1000, which is the choice for pictures: with 200 the
+    actor had settled, in the game Catch, before the decoder showed what there was to see)."""
     imagination_horizon: int = 15
     """Steps imagined (DreamerV3: 15)."""
     imagination_starts: int = 4

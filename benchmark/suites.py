@@ -373,7 +373,7 @@ DECLARED = (
         name="pictures_and_memory",
         title="Dreamer: a game of pictures, and a task of memory",
         entries=(
-            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0"),
+            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0 --warmup 1000"),
             Entry("Dreamer", "dreamer.py", "benchmark.tasks:Recall-v0", 8_000, 3, "--env-kwargs delay=3"),
         ),
         arguments="--eval-every 1000 --eval-episodes 50",

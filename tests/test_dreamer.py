@@ -794,3 +794,16 @@ def test_files_of_a_replay_that_are_damaged_are_told(tmp_path):
     (tmp_path / "vector.npy").write_bytes(b"x")
     with pytest.raises(dreamer.Failure, match=r"vector\.npy is damaged"):
         dreamer.Replay(*settings)
+
+
+@pytest.mark.slow
+def test_it_swings_the_pendulum_up(tmp_path):
+    fields = {"env_id": "Pendulum-v1", "total_timesteps": 5_000, "run_dir": str(tmp_path)}
+    assert dreamer.train(dreamer.Args(**fields))["eval_return_mean"] >= -300
+
+
+@pytest.mark.slow
+def test_it_remembers_what_it_has_seen_before(tmp_path):
+    """An agent without a memory is right half of the time."""
+    fields = {"env_id": "benchmark.tasks:Recall-v0", "env_kwargs": ("delay=3",), "run_dir": str(tmp_path)}
+    assert dreamer.train(dreamer.Args(**fields, total_timesteps=4_000, eval_episodes=50))["eval_return_mean"] >= 0.9
