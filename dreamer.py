@@ -509,7 +509,7 @@ def linear(fan_in: int, fan_out: int, generator: torch.Generator, scale: float =
     return layer
 
 
-class Norm(nn.Module):
+class NormSiLU(nn.Module):
     """Root-mean-square normalisation of the last dimension, in single precision, and then SiLU."""
 
     def __init__(self, size: int, device: torch.device):
@@ -535,9 +535,9 @@ class BlockLinear(nn.Module):
 
 
 def mlp(fan_in: int, units: int, layers: int, generator: torch.Generator) -> nn.Sequential:
-    """`layers` layers, each with Norm: (..., fan_in) -> (..., units)."""
+    """`layers` layers, each with NormSiLU: (..., fan_in) -> (..., units)."""
     sizes = [fan_in] + layers * [units]
-    parts = [(linear(*pair, generator), Norm(units, generator.device)) for pair in itertools.pairwise(sizes)]
+    parts = [(linear(*pair, generator), NormSiLU(units, generator.device)) for pair in itertools.pairwise(sizes)]
     return nn.Sequential(*itertools.chain(*parts))
 
 
@@ -565,8 +565,8 @@ class RSSM(nn.Module):
         super().__init__()
         self.size, hidden, latents = size, size.hidden, size.stoch * size.classes
         self.inputs = nn.ModuleList(mlp(width, hidden, 1, generator) for width in (size.deter, latents, actions))
-        self.hidden = BlockLinear(size.deter + 3 * hidden * size.blocks, size.deter, size.blocks, generator)
-        self.norm = Norm(size.deter, generator.device)
+        self.dynamics = BlockLinear(size.deter + 3 * hidden * size.blocks, size.deter, size.blocks, generator)
+        self.norm = NormSiLU(size.deter, generator.device)
         self.gates = BlockLinear(size.deter, 3 * size.deter, size.blocks, generator)
         self.posterior = head(size.deter + tokens, latents, hidden, 1, 1.0, generator)
         self.prior = head(size.deter, latents, hidden, 2, 1.0, generator)
@@ -586,7 +586,7 @@ class RSSM(nn.Module):
         inputs = (latent.deter, latent.stoch.flatten(1), action)
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
         x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
-        x = self.norm(self.hidden(x).transpose(0, 1).flatten(1))
+        x = self.norm(self.dynamics(x).transpose(0, 1).flatten(1))
         # (3, B, deter): the functions of gates that are contiguous are faster on a CPU.
         gates = self.gates(self.blocked(x)).unflatten(-1, (3, -1)).permute(2, 1, 0, 3).flatten(2)
         reset, cand, update = gates
@@ -639,7 +639,7 @@ class Convolution(nn.Module):
         self.conv = nn.Conv2d(fan_in, fan_out, 5, padding=2, device=generator.device)
         initialise(self.conv.weight.data, 25 * fan_in, 1.0, generator)
         nn.init.zeros_(self.conv.bias)
-        self.pool, self.norm = pool, None if last else Norm(fan_out, generator.device)
+        self.pool, self.norm = pool, None if last else NormSiLU(fan_out, generator.device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -705,9 +705,9 @@ class Decoder(nn.Module):
             height, width, channels = shapes.image
             *depths, deepest = shapes.depths(size)
             self.smallest = (deepest, height >> (len(depths) + 1), width >> (len(depths) + 1))
-            self.spread = BlockLinear(size.deter, math.prod(self.smallest), size.blocks, generator)
-            self.other = head(latents, math.prod(self.smallest), 2 * size.units, 1, 1.0, generator)
-            self.norm = Norm(deepest, generator.device)
+            self.from_deter = BlockLinear(size.deter, math.prod(self.smallest), size.blocks, generator)
+            self.from_stoch = head(latents, math.prod(self.smallest), 2 * size.units, 1, 1.0, generator)
+            self.norm = NormSiLU(deepest, generator.device)
             pairs = itertools.pairwise([deepest, *reversed(depths), channels])
             self.image = nn.ModuleList(
                 Convolution(*pair, False, index == len(depths), generator) for index, pair in enumerate(pairs)
@@ -720,11 +720,12 @@ class Decoder(nn.Module):
             found["vector"] = self.vector(latent.feature())
         if hasattr(self, "image"):
             deter, stoch = latent.deter.flatten(0, -2), latent.stoch.flatten(-2).flatten(0, -2)
-            blocks = len(self.spread.weight)
+            blocks = len(self.from_deter.weight)
             channels, height, width = self.smallest
-            spread = self.spread(deter.view(len(deter), blocks, -1).transpose(0, 1))  # each block has its own channels
+            # Each block has channels of its own.
+            spread = self.from_deter(deter.view(len(deter), blocks, -1).transpose(0, 1))
             spread = spread.view(blocks, -1, height, width, channels // blocks).permute(1, 2, 3, 0, 4).flatten(3)
-            x = self.norm(spread + self.other(stoch).view(-1, height, width, channels)).movedim(-1, 1)
+            x = self.norm(spread + self.from_stoch(stoch).view(-1, height, width, channels)).movedim(-1, 1)
             for layer in self.image:
                 x = layer(F.interpolate(x, scale_factor=2))
             found["image"] = x.sigmoid().movedim(1, -1).unflatten(0, latent.deter.shape[:-1])
@@ -1075,16 +1076,16 @@ class Observer:
         return found | ({"image": np.concatenate(image, axis=-1)} if image else {})
 
 
-def draw_curves(truth: Array, foretold: Array, half: int, height: int = 48, width: int = 8) -> Image.Image:
+def draw_curves(truth: Array, predicted: Array, half: int, height: int = 48, width: int = 8) -> Image.Image:
     """Numbers (T, V) over time, one panel each, up to 16 of them; a grey line where the model sees no more."""
     count = min(truth.shape[1], 16)
     picture = Image.new("RGB", (width * len(truth), height * count), "white")
     draw = ImageDraw.Draw(picture)
     draw.line([(width * half, 0), (width * half, height * count)], "lightgrey")
     for panel in range(count):
-        low = min(truth[:, panel].min(), foretold[:, panel].min())
-        scale = (height - 4) / max(truth[:, panel].max() - low, foretold[:, panel].max() - low, 1e-6)
-        for values, colour in ((truth[:, panel], "black"), (foretold[:, panel], "red")):
+        low = min(truth[:, panel].min(), predicted[:, panel].min())
+        scale = (height - 4) / max(truth[:, panel].max() - low, predicted[:, panel].max() - low, 1e-6)
+        for values, colour in ((truth[:, panel], "black"), (predicted[:, panel], "red")):
             points = [(width * t, height * (panel + 1) - 2 - scale * float(y - low)) for t, y in enumerate(values)]
             draw.line(points, colour)
     return picture
@@ -1293,9 +1294,9 @@ class Agent:
         return {name: part[:, 1:] for name, part in batch.items()} | {"prev_action": action}, start
 
     @torch.no_grad()
-    def foretell(self) -> tuple[Array, Array, int]:
-        """A sequence of the replay, of which the model sees the first half and foretells the rest, without being told
-        where an episode begins: what was, what the model has in mind, and how many steps it saw. Pictures (T, height,
+    def predict_ahead(self) -> tuple[Array, Array, int]:
+        """A sequence of the replay, of which the model sees the first half and predicts the rest, without being told
+        where an episode begins: what was, what the model predicts, and how many steps it saw. Pictures (T, height,
         width, channels), or else numbers (T, V)."""
         _, rows = self.replay.sample(1, np.random.default_rng(self.updates), serve=False)
         (batch, state), generator = self.aligned(rows), torch.Generator(self.device).manual_seed(self.updates)
@@ -1317,21 +1318,21 @@ class Agent:
         return *(picture[..., shown].cpu().numpy() for picture in pictures), half
 
     def open_loop(self) -> Image.Image:
-        """What `foretell` found as one picture: the truth above what the model has in mind; of a vector's numbers
+        """What `predict_ahead` found as one picture: the truth above the prediction; of a vector's numbers
         curves, black and red."""
-        truth, foretold, half = self.foretell()
+        truth, predicted, half = self.predict_ahead()
         if truth.ndim == 2:
-            return draw_curves(truth, foretold, half)
+            return draw_curves(truth, predicted, half)
         every = max(1, len(truth) // 16)
-        strips = [np.concatenate(list(strip[::every]), axis=1) for strip in (truth, foretold)]
+        strips = [np.concatenate(list(strip[::every]), axis=1) for strip in (truth, predicted)]
         return Image.fromarray(np.concatenate(strips).squeeze())
 
     def film(self, path: Path) -> None:
         """Of pictures, the same as a GIF; a bar at the bottom from where on the model sees no more."""
-        truth, foretold, half = self.foretell()
+        truth, predicted, half = self.predict_ahead()
         if truth.ndim == 2:
             return
-        frames = np.concatenate([truth, np.pad(foretold, ((0, 0), (2, 4), (0, 0), (0, 0)))], axis=1)
+        frames = np.concatenate([truth, np.pad(predicted, ((0, 0), (2, 4), (0, 0), (0, 0)))], axis=1)
         frames[half:, -3:] = 255
         scale = max(1, 192 // frames.shape[2])
         images = [Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1).squeeze()).quantize() for frame in frames]

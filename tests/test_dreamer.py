@@ -642,7 +642,7 @@ def test_a_run_with_its_replay_on_disk_is_resumed_exactly(tmp_path, monkeypatch)
         dreamer.train(dataclasses.replace(args, resume=str(run), checkpoint_every=1_000))
 
 
-def test_open_loop_shows_what_the_model_foretells_and_changes_nothing(tmp_path):
+def test_open_loop_shows_what_the_model_predicts_and_changes_nothing(tmp_path):
     agent = small_agent(num_envs=1, batch_length=16)
     steps_of(agent, 40, (11, 30))
     agent.update_once()
