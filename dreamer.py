@@ -168,6 +168,9 @@ class Args:
     imagination_starts: int = 4
     """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them, which also any number
     from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
+    entropy_scale: float = 3e-4
+    """Weight of the policy's entropy (DreamerV3: 3e-4). With our step size the policy can settle before the model knows
+    what matters; where it does, ten times more lets it learn from what it sees later."""
     horizon: int = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
@@ -191,6 +194,7 @@ class Args:
             warmup=(0, math.inf),
             imagination_horizon=(1, 1000),
             imagination_starts=(2, 10**5),
+            entropy_scale=(0, 1000),
             horizon=(1, math.inf),
         )
         if self.replay_size // self.num_envs <= self.batch_length:
@@ -971,6 +975,7 @@ def dreamer_loss(
     imagination_horizon: int,
     imagination_starts: int,
     disc: float,
+    actent: float = 3e-4,
 ) -> tuple[dict[str, Tensor], Latent, dict[str, Tensor]]:
     """World model, actor and critic. `batch`, (B, T, ...): vector, image; prev_action: the action before each
     observation; reward: that came with it; is_first, is_last, is_terminal. The last states of each sequence are
@@ -1003,7 +1008,7 @@ def dreamer_loss(
         rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
         slow_value = slow_critic(imagined)
     losses["policy"], losses["value"], ret = imagination_loss(
-        rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles
+        rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles, actent=actent
     )
     value = nets.critic(feature)
     with torch.no_grad():
@@ -1269,7 +1274,7 @@ class Agent:
         """`update_once` for tensors alone: what `aligned` gives -> what to log, and the states that were inferred."""
         args = self.args
         lengths = args.imagination_horizon, args.imagination_starts
-        settings = self.percentiles, self.generator, *lengths, 1 - 1 / args.horizon
+        settings = self.percentiles, self.generator, *lengths, 1 - 1 / args.horizon, args.entropy_scale
         # Without its cache: that would keep what was cast without a gradient, in the imagination.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             start = Latent(batch["deter"], batch["stoch"])

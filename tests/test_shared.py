@@ -440,6 +440,7 @@ BAD_ARGS = {
         ("--horizon 0", "--horizon must be"),
         ("--batch-length 0", "--batch-length must be"),
         ("--train-ratio nan", "--train-ratio must be"),
+        ("--entropy-scale -1", "--entropy-scale must be"),
         ("--replay-size 8", "more than one sequence of each environment"),
         ("--device mps", "there is none that PyTorch can use"),
     ],
