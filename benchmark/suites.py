@@ -373,10 +373,10 @@ DECLARED = (
         name="pictures_and_memory",
         title="Dreamer: a game of pictures, and a task of memory",
         entries=(
-            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0 --warmup 1000"),
+            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0"),
             Entry("Dreamer", "dreamer.py", "benchmark.tasks:Recall-v0", 8_000, 3, "--env-kwargs delay=3"),
         ),
-        arguments="--eval-every 1000 --eval-episodes 50",
+        arguments="--eval-every 1000 --eval-episodes 50 --warmup 1000 --entropy-scale 3e-3",
         xlim=(0, 8_000),
         ylim=(-1, 1),
         table_at=(1_000, 2_000, 4_000, 6_000, 8_000),
