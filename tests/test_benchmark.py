@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import cem_mpc
 import muzero
-from benchmark import collect, model_error, plot, run, suites, tic_tac_toe
+from benchmark import collect, model_error, plot, run, suites, tasks, tic_tac_toe
 
 SMALL = suites.Suite(
     name="small",
@@ -405,3 +405,27 @@ def test_a_sign_is_seen_once_and_asked_for_in_the_end(delay: int):
             rewards.append(reward)
         assert seen == delay * [[0, 0, 0]] + [[0, 0, 1], [0, 0, 0]]
         assert rewards == (delay + 1) * [0] + [float(right)]
+
+
+def test_repeated_actions_add_their_rewards_up_to_the_end_of_the_episode():
+    env = tasks.Repeat(gym.make("CartPole-v1", max_episode_steps=5), 2)
+    env.reset(seed=0)
+    found = [env.step(step % 2)[1:4] for step in range(3)]
+    assert found == [(2.0, False, False), (2.0, False, False), (1.0, False, True)]
+
+
+def test_a_run_counts_wherever_it_was_made(folder):
+    """Device, threads and compilation change nothing but speed."""
+    entry = dataclasses.replace(
+        SMALL.entries[0], script="mbpo.py", env_id="Pendulum-v1", total_timesteps=60, arguments=""
+    )
+    suite = dataclasses.replace(SMALL, arguments="--eval-episodes 1 --updates-per-step 1 --learning-starts 50")
+    words = [*run.arguments_of(suite, entry), "--device", "cpu", "--threads", "2", "--seed", "1"]
+    assert start("mbpo", *words).returncode == 0
+    assert list(run.find_runs(suite, entry)[0]) == [1]
+
+
+def test_only_dreamer_is_measured_on_a_gpu():
+    command = [sys.executable, "-m", "benchmark", "speed", "muzero", "--device", "cuda"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
