@@ -419,7 +419,7 @@ def test_a_run_counts_wherever_it_was_made(folder):
     entry = suites.Entry("MBPO", "mbpo.py", "Pendulum-v1", 40, 1)
     suite = dataclasses.replace(SMALL, arguments="--eval-episodes 1 --learning-starts 50")
     words = [*run.arguments_of(suite, entry), "--device", "cpu", "--threads", "2", "--seed", "1"]
-    subprocess.run([sys.executable, "mbpo.py", *words], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "mbpo.py", *words], cwd=folder, check=True, capture_output=True)
     assert list(run.find_runs(suite, entry)[0]) == [1]
 
 
