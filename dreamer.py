@@ -42,7 +42,8 @@ Details are those of the authors' current code, danijar/dreamerv3, from which th
     - Acting is in single precision, also with `bf16`; evaluation takes the most likely action and does not draw.
 
 Run:     python dreamer.py
-         python dreamer.py --size 12m --batch-size 16 --batch-length 64 --train-ratio 512 --learning-rate 4e-5    (GPU)
+         python dreamer.py --size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5
+             --warmup 1000 --compile                (as the authors, on a GPU)
          python dreamer.py --help
 Expect:  CartPole-v1: a return of 475 or more (500 is the maximum) for the first time at 3,000 to 7,000 steps (5 of 5
          seeds, 5 episodes an evaluation). It comes back from what it loses: of the 224 evaluations after the first
