@@ -43,7 +43,7 @@ Details are those of the authors' current code, danijar/dreamerv3, from which th
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5
-             --warmup 1000 --compile                (as the authors, on a GPU)
+             --warmup 1000 --compile                (on a GPU; batches, step size and ratio of the authors)
          python dreamer.py --help
 Expect:  CartPole-v1: a return of 475 or more (500 is the maximum) for the first time at 3,000 to 7,000 steps (5 of 5
          seeds, 5 episodes an evaluation). It comes back from what it loses: of the 224 evaluations after the first
@@ -114,8 +114,7 @@ class Args:
     threads: int = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the steps of the model with torch.compile, which changes nothing but speed and rounding: a small gain on
-    a CPU, a larger one on a GPU."""
+    """Compile the steps of the model with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: int = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: int = 5
@@ -171,7 +170,7 @@ class Args:
     from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
     entropy_scale: float = 3e-4
     """Weight of the policy's entropy (DreamerV3: 3e-4). With our step size the policy can settle before the model knows
-    what matters; where it does, ten times more lets it learn from what it sees later."""
+    what matters; ten times more, with a `warmup` of 1,000, is what the tasks of benchmark/ were learned with."""
     horizon: int = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
@@ -1031,13 +1030,24 @@ def dreamer_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 # Agent
 # ---------------------------------------------------------------------------------------------------------------------
+def is_picture(space: gym.Space) -> bool:
+    """Whether a space holds pictures: a Box of uint8 up to 255, (height, width) or (height, width, channels)."""
+    box = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+    if not box or space.high.max() < 255:
+        return False
+    if len(space.shape) == 3 and space.shape[0] <= 4 < space.shape[2]:
+        raise Failure(f"pictures must be (height, width, channels), not {space.shape}")
+    return True
+
+
 class Observer:
     """Turns observations of a space into what the networks see: one vector, in which the numbers of a Box are passed
-    through symlog and choices are one-hot, and one picture of bytes, resized to `image_size` where that is above 0. A
-    picture is a Box of uint8 up to 255, (height, width) or (height, width, channels)."""
+    through symlog and choices are one-hot, and one picture of bytes, resized to `image_size` where that is above 0."""
 
     def __init__(self, space: gym.Space, image_size: int):
         self.space, self.image_size = space, image_size
+        leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
+        self.pictures = [id(leaf) for leaf in leaves if is_picture(leaf)]
         vector, image = self.parts(space, space.sample())
         self.vector = sum(len(part) for part in vector)
         self.numbers = np.array([part.dtype != bool for part in vector for _ in part], bool)  # not choices
@@ -1056,7 +1066,7 @@ class Observer:
         if isinstance(space, gym.spaces.Dict):
             found = [self.parts(part, obs[name]) for name, part in space.items()]
             return [part for vector, _ in found for part in vector], [part for _, image in found for part in image]
-        if self.is_picture(space):
+        if id(space) in self.pictures:
             image = np.asarray(obs).reshape(*space.shape[:2], -1)
             if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
                 pictures = torch.from_numpy(image.copy()).movedim(-1, 0)[None].float()
@@ -1067,14 +1077,6 @@ class Observer:
             values = np.asarray(obs, np.float64).reshape(-1)
             return [(np.sign(values) * np.log1p(np.abs(values))).astype(np.float32)], []
         return [np.asarray(gym.spaces.flatten(space, obs), bool).reshape(-1)], []
-
-    def is_picture(self, space: gym.Space) -> bool:
-        box = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-        if not box or space.high.max() < 255:
-            return False
-        if len(space.shape) == 3 and space.shape[0] <= 4 < space.shape[2]:
-            raise Failure(f"pictures must be (height, width, channels), not {space.shape}")
-        return True
 
     def __call__(self, obs: Any) -> dict[str, Array]:
         vector, image = self.parts(self.space, obs)

@@ -61,8 +61,8 @@ Expect:  On one of 2 busy CPU cores:
          Acrobot-v1: -99, -80, -87, -85, -96 after 20,000 steps (5 seeds, of which the first served to choose the
          settings), 6 to 9 minutes.
          TicTacToe-v0: after 50,000 steps of self-play, of the 610 to 680 games that an opponent can choose, whoever
-         begins, 4 of 5 seeds lose none and one loses a single one; moving first, it wins 99 % of its games against
-         random moves; half an hour. The settings were chosen on one of the seeds.
+         begins, 4 of 5 seeds lose none and one loses a single one; moving first, each wins 99 % of its games
+         against random moves; half an hour. The settings were chosen on one of the seeds.
 """
 
 import argparse

@@ -91,7 +91,7 @@ def r2dreamer_contestant(path: Path, device: str) -> Contestant:
     widths = {"deter": SIZE.deter, "hidden": SIZE.hidden, "discrete": SIZE.classes, "units": SIZE.units}
     model = OmegaConf.load(path / "configs" / "model" / "_base_.yaml")
     model.update(widths | {"depth": SIZE.depth, "act": "SiLU", "norm": True, "rep_loss": "dreamer"})
-    model.update({"compile": device == "cuda"})
+    model.compile = device == "cuda"
     env = OmegaConf.load(path / "configs" / "env" / "dmc_proprio.yaml")
     replay = {"batch_size": BATCH, "batch_length": LENGTH, "max_size": ROWS, "device": device, "storage_device": device}
     config = OmegaConf.create({"model": model, "env": env, "buffer": replay, "device": device})

@@ -357,7 +357,7 @@ DECLARED = (
         threshold=-250,
         **EVALUATIONS,
     ),
-    # The authors' settings for this task; they count the simulator's steps, two for each of ours.
+    # Batches, step size and ratio are the authors'. They count the simulator's steps, two for each of ours.
     Suite(
         name="dreamer_reacher",
         title="reacher-easy of dm_control, actions repeated twice",

@@ -4,7 +4,7 @@ python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0
 python dreamer.py --env-id benchmark.tasks:Recall-v0
 
 The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only, and
-the tasks of dm_control (`pip install shimmy "dm_control<1.0.53"`), with actions that are repeated:
+the tasks of dm_control (`pip install shimmy "mujoco<4" dm_control`), with actions that are repeated:
 
 python muzero.py --env-id benchmark.tasks:MinAtar/Breakout-v1
 python dreamer.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task=reacher-easy repeat=2
@@ -92,10 +92,12 @@ class Repeat(gym.Wrapper):
         self.repeat = repeat
 
     def step(self, action: np.ndarray) -> tuple:
-        total, done, index = 0.0, False, 0
-        while index < self.repeat and not done:
+        total = 0.0
+        for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total, done, index = total + float(reward), terminated or truncated, index + 1
+            total += float(reward)
+            if terminated or truncated:
+                break
         return obs, total, terminated, truncated, info
 
 

@@ -808,3 +808,9 @@ def test_it_remembers_what_it_has_seen_before(tmp_path):
     fields = {"env_id": "benchmark.tasks:Recall-v0", "env_kwargs": ("delay=3",), "run_dir": str(tmp_path)}
     fields |= {"warmup": 1_000, "entropy_scale": 3e-3, "eval_episodes": 50}
     assert dreamer.train(dreamer.Args(**fields, total_timesteps=6_000))["eval_return_mean"] >= 0.9
+
+
+def test_files_of_a_replay_take_their_room_at_once(tmp_path):
+    dreamer.Replay(Shapes(0, (64, 64, 3), 2, True), dreamer.SIZES["1m"], 1, 200, 5, 0, tmp_path)
+    file = (tmp_path / "image.npy").stat()
+    assert file.st_blocks * 512 >= file.st_size > 200 * 64 * 64 * 3

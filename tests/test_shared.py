@@ -239,6 +239,20 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_never_killed(script,
     assert result(run) == result(whole)
 
 
+@pytest.mark.parametrize("name", ["muzero", "dreamer"])
+def test_games_of_atari_have_the_limit_that_the_emulator_has(name, monkeypatch):
+    script, asked = importlib.import_module(name), {}
+
+    def make(env_id: str, **kwargs: object) -> None:
+        asked.update(kwargs)
+        raise gym.error.Error("enough")
+
+    monkeypatch.setattr(script.gym, "make", make)
+    with pytest.raises(script.Failure, match="enough"):
+        script.make_env(script.Args(env_id="ALE/Pong-v5", atari=True))
+    assert asked == {"frameskip": 1, "max_episode_steps": 108_000}
+
+
 def test_a_checkpoint_holds_no_nan_though_logs_are_further_apart(script, tmp_path):
     class Agent:
         def metrics(self) -> dict:
@@ -425,6 +439,7 @@ BAD_ARGS = {
         ("--network conv", "--network conv is for observations .height, width, channels."),
         ("--consistency-weight -1", "--consistency-weight must be"),
         ("--reanalyze-ratio nan", "--reanalyze-ratio must be"),
+        ("--td-steps 201", "--td-steps must be"),
         ("--play /no/such/folder", "/no/such/folder is not a run folder"),
         ("--num-envs 0", "--num-envs must be"),
         ("--num-simulations 0", "--num-simulations must be"),
