@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from .model_error import error_by_disagreement, error_by_steps
+from .model_error import error_by_disagreement, error_by_steps, optimism_by_steps
 from .run import find_runs, is_finished
 from .suites import RESULTS, Entry, Incomplete, Suite
 
@@ -21,7 +21,11 @@ COLUMNS = ["algorithm", "env", "seed", "env_steps", "return", "length"]
 RUN_COLUMNS = ["algorithm", "env", "seed", "env_steps", "episodes", "wall_seconds", "eval_return_mean"]
 TIME_COLUMNS = ["algorithm", "env", "seed", "env_steps", "wall_seconds"]
 GROUP = {"episodes": "charts", "evaluations": "eval"}
-MODEL_ERROR = {"error by steps ahead": error_by_steps, "error by disagreement": error_by_disagreement}
+MODEL_ERROR = {
+    "error by steps ahead": error_by_steps,
+    "error by disagreement": error_by_disagreement,
+    "optimism by steps ahead": optimism_by_steps,
+}
 
 
 def read_scalars(run: Path, *tags: str) -> list[list[tuple[int, float, float]]]:

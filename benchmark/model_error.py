@@ -2,8 +2,10 @@
 its own plans, and five by random actions, which lead to where it has seen less.
 """
 
+import copy
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 import cem_mpc
 
 STEPS_AHEAD = (1, 2, 5, 10, 20, 50)
+PLANNED_STEPS = (1, 2, 5, 10, 15, 20, 25)
 Episode = tuple[Tensor, Tensor]  # obs (T + 1, obs_size), action (T, action_size)
 
 
@@ -74,3 +77,47 @@ def error_by_disagreement(run: Path, episodes: int = 5, groups: int = 10) -> lis
     squares = ((expected.mean(0) - next_obs / unit) ** 2).mean(1)
     ordered = squares[disagreement.argsort()].tensor_split(groups)
     return [(number, part.mean().sqrt().item()) for number, part in enumerate(ordered, 1)]
+
+
+@torch.inference_mode()
+def optimism_by_steps(run: Path, episodes: int = 5, every: int = 10) -> list[tuple[float, float]]:
+    """(k, by how much the model overestimates the discounted return of the first k steps of its plans): at every
+    `every`-th step of its own episodes a copy of the environment carries out the plan as it is. A model is exploited
+    where this is far above 0: the search has then picked the model's errors."""
+    args = cem_mpc.saved_args(str(run))
+    env = cem_mpc.make_env(args)
+    agent = cem_mpc.Agent(env.observation_space, env.action_space, args)
+    agent.load_state_dict(cem_mpc.read_checkpoint(run / cem_mpc.CHECKPOINT)["agent"])
+    episode = cem_mpc.Episode(env, args.seed, 4)
+    generator = torch.Generator(agent.device).manual_seed(cem_mpc.seed_of(args.seed, 4))
+    networks, groups = agent.model.select(agent.model.elites), len(agent.model.elites)
+    found: dict[int, list[float]] = {steps: [] for steps in PLANNED_STEPS if steps <= args.horizon}
+    for _ in range(episodes):
+        start, done = None, False
+        while not done:
+            action, start = agent.plan(episode.obs, start, generator)
+            if len(episode.actions) % every == 0:
+                plan = [action, *map(agent.to_env, start[0, :-1])]
+                real = returns_of(copy.deepcopy(env), plan, args.gamma)
+                obs = torch.tensor(episode.obs, dtype=torch.float32).reshape(-1)
+                actions = torch.tensor(np.stack(plan), dtype=torch.float32).reshape(1, len(plan), -1)
+                for steps in found:
+                    noise = torch.randn(steps, groups, 20, agent.obs_size, generator=generator)
+                    expected = cem_mpc.imagine(agent.model, networks, obs, actions[:, :steps], noise, None, args.gamma)
+                    found[steps].append(expected.item() - real[min(steps, len(real)) - 1])
+            _, _, terminated, truncated = episode.step(action)
+            done = terminated or truncated
+        episode.reset()
+    return [(steps, float(np.mean(differences))) for steps, differences in found.items()]
+
+
+def returns_of(env: gym.Env, actions: list, gamma: float) -> list[float]:
+    """Discounted returns of the first 1, 2, ... actions, until the episode terminates; a time limit does not count."""
+    env, found, total = env.unwrapped, [], 0.0
+    for step, action in enumerate(actions):
+        _, reward, terminated, _, _ = env.step(action)
+        total += gamma**step * float(reward)
+        found.append(total)
+        if terminated:
+            break
+    return found

@@ -42,7 +42,9 @@ class Suite:
     entries: tuple[Entry, ...]
     arguments: str
     """Arguments of every entry."""
-    collect: Literal["episodes", "evaluations", "error by steps ahead", "error by disagreement"]
+    collect: Literal[
+        "episodes", "evaluations", "error by steps ahead", "error by disagreement", "optimism by steps ahead"
+    ]
     """A row of the table is a training episode, an evaluation, or what `model_error.py` measures."""
     curve: Literal["length", "cumulative return", "return"]
     """Against the number of the episode, against the environment steps, against the environment steps (or whatever the
@@ -66,6 +68,7 @@ class Suite:
     """Rows that the table ends with: what others have measured, at `table_at`."""
 
 
+ONE_NETWORK = "--ensemble-size 1 --num-elites 1"
 MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
 PETS_PENDULUM = Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5)
 MBPO_PENDULUM = Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5)
@@ -438,6 +441,26 @@ DECLARED = (
         },
     ),
     Suite(
+        name="claims/exploitation",
+        title="By how much a plan returns less than the model says (Pendulum-v1)",
+        entries=(
+            PETS_PENDULUM,
+            Entry("one network", "cem_mpc.py", "Pendulum-v1", 1_000, 5, ONE_NETWORK),
+            Entry("PETS, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5),
+            Entry("one network, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5, ONE_NETWORK),
+        ),
+        arguments="--eval-every 250",
+        xlim=(0, 25),
+        ylim=(-10, 40),
+        table_at=(1, 2, 5, 10, 15, 20, 25),
+        **EVALUATIONS
+        | {
+            "collect": "optimism by steps ahead",
+            "xlabel": "steps of the plan",
+            "ylabel": "expected return - real return",
+        },
+    ),
+    Suite(
         name="claims/terminal_value",
         title="A value at the end of the plan against a long plan (Pendulum-v1)",
         entries=(
@@ -458,7 +481,7 @@ DECLARED = (
         title="MBPO with one network and with an ensemble (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
-            Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 5, "--ensemble-size 1 --num-elites 1"),
+            Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 5, ONE_NETWORK),
         ),
         **MBPO_CLAIM,
     ),

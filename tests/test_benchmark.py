@@ -334,6 +334,40 @@ def test_errors_of_a_model(tmp_path: Path):
     assert mean_square == pytest.approx(torch.cat(one_step).mean().item(), rel=1e-4)
 
 
+class Slope(gym.Env):
+    """The reward of the k-th step is k; it ends after 7."""
+
+    observation_space, action_space = gym.spaces.Box(-100, 100, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.steps += 1
+        return np.full(1, self.steps, np.float32), float(self.steps), self.steps == 7, False, {}
+
+
+gym.register("Slope-v0", entry_point=Slope, max_episode_steps=5)
+
+
+def test_optimism_is_what_the_model_expects_too_much(tmp_path: Path, monkeypatch):
+    env = gym.make("Slope-v0")
+    env.reset(seed=0)
+    env.step(np.zeros(1))
+    # From the second step on; that the time is up after 5 does not count, that the episode ends after 7 does.
+    assert model_error.returns_of(env, [np.zeros(1)] * 9, 0.5) == [2, 3.5, 4.5, 5.125, 5.5, 5.71875]
+    args = cem_mpc.Args("Slope-v0", total_timesteps=20, learning_starts=20, population=4, num_best=2, horizon=10)
+    args = dataclasses.replace(args, run_dir=str(tmp_path), iterations=1, max_updates=2, hidden=(8, 8, 8))
+    cem_mpc.train(dataclasses.replace(args, gamma=0.5, eval_episodes=1))
+    (run_folder,) = tmp_path.iterdir()
+    monkeypatch.setattr(cem_mpc, "imagine", lambda *args, **_: 100.0 * args[3].shape[1] * torch.ones(len(args[3])))
+    found = model_error.optimism_by_steps(run_folder, 2, 4)  # at the first step, and at the fifth, where 7 is near
+    real = {1: (1, 5), 2: (2, 8), 5: (3.5625, 9.75), 10: (1 + 2 / 2 + 3 / 4 + 4 / 8 + 5 / 16 + 6 / 32 + 7 / 64, 9.75)}
+    assert found == [(steps, pytest.approx(100 * steps - np.mean(real[steps]))) for steps in real]
+
+
 @pytest.mark.slow
 def test_a_node_of_a_cluster_is_lost_and_the_results_are_the_same(folder, monkeypatch, capsys):
     pytest.importorskip("ray")
