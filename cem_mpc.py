@@ -32,7 +32,7 @@ Beyond the paper: rewards and terminations are learned, each by networks of thei
 that has to be given, and rewards are discounted; targets are standardised like inputs; the ensemble is trained every
 50 steps and not once a trial, with a hold-out set and early stopping, as in MBPO (Janner et al. 2019; code
 jannerm/mbpo). Other planners can take the place of the cross-entropy method, and `--terminal-value` adds a learned
-value at the end of a plan: so it is set for the two poles, which must be balanced for longer than a plan. Settings of
+value at the end of a plan; it is on for the two poles, which must be balanced for longer than a plan. Settings of
 PETS come from the authors' code, kchua/handful-of-trials; their search also stops early where the variance is small.
 
 Run:     python cem_mpc.py

@@ -50,7 +50,7 @@ Expect:  CartPole-v1: a return of 475 or more (500 is the maximum) for the first
          success 16 are lower, and of those from 32,000 to 50,000 steps none.
          Pendulum-v1: above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds); in 14 of the 80 evaluations
          after that the mean is lower, mostly as one of the 5 episodes fails; -101, -153, -321 after 30,000 steps.
-         These were run on a GPU, where 10,000 steps take 3 minutes beside ten other runs. On 2 CPU cores that five
+         These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs. On 2 CPU cores that five
          programs shared they took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
 """
 

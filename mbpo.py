@@ -36,20 +36,20 @@ ensemble is trained and the rollouts are made. What differs from that code:
       that an environment is all that is needed.
     - What the ensemble predicts is standardised. A training starts with small batches, and ends after `max_updates`.
       The hold-out set stays one for all trainings.
-    - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the settings by environment name
-      the authors').
+    - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the presets of the larger MuJoCo
+      tasks have the authors' values).
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  Pendulum-v1 swung up: return -130 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -123, -141, -144,
-         -146; a random policy scores about -1,200), and from step 1,000 to 2,000 on above -200 (evaluated every 250
-         steps). 9 to 10 minutes a seed on one of 2 busy CPU cores. Without a model it takes 2.2 times the steps with
+Expect:  Pendulum-v1 swung up: return -136 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -141, -145, -146,
+         -149; a random policy scores about -1,200), and above -200 from step 1,000 on with the best seed, from 2,000 on
+         with the worst (evaluated every 250 steps). 5 minutes a seed on a CPU core, 10 on a busy one. Without a model it takes 2.2 times the steps with
          one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to 1,500, 5 seeds): on the pendulum
          many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5: 1000, the maximum, at 2,500
          and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one update a step, 82 to 177 after
          6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried). After 5,000 steps
-         InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 38 minutes); without a model, with one
+         InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 37 minutes); without a model, with one
          update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one seed tried).
          Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with one update
          a step, -8.4, -7.9, -9.6. Hopper-v5 (1 seed, stopped there after some 5 hours): 1010, 435, 611, 826 at 10,000,
