@@ -66,7 +66,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -97,21 +97,21 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 1_000
+    total_timesteps: Annotated[int, 0, math.inf] = 1_000
     """Environment steps (calls of `env.step`) to learn for."""
-    seed: int = 1
+    seed: Annotated[int, 0, 2**32 - 1] = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the networks are; `auto` takes a GPU where there is one."""
-    threads: int = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
     """Compile loss and planner with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 5
+    eval_episodes: Annotated[int, 1, math.inf] = 5
     """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[int, 1, math.inf] = 500
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -129,12 +129,12 @@ class Args:
     """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
-    learning_starts: int = 200
+    learning_starts: Annotated[int, 1, math.inf] = 200
     """Steps with uniformly random actions before the first training and planning (PETS: one trial)."""
-    gamma: float = 0.99
+    gamma: Annotated[float, 0, 1] = 0.99
     """Discount factor of imagined rewards (PETS: 1)."""
 
-    ensemble_size: int = 5
+    ensemble_size: Annotated[int, 1, 1000] = 5
     """Networks in the ensemble (PETS: 5, MBPO: 7)."""
     num_elites: int = 5
     """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
@@ -142,81 +142,56 @@ class Args:
     """Units of each hidden layer (PETS: 3 or 4 layers of 200)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
     """Factor of half the squared weights of each layer, the last one included (MBPO; not of the biases)."""
-    model_lr: float = 1e-3
+    model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
-    model_batch_size: int = 256
+    model_batch_size: Annotated[int, 1, 10**6] = 256
     """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
     fewer than 32 (MBPO: 256, PETS: 32)."""
-    train_every: int = 50
+    train_every: Annotated[int, 1, math.inf] = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
-    patience: int = 5
+    patience: Annotated[int, 1, 10**6] = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
-    max_updates: int = 1_000
+    max_updates: Annotated[int, 1, math.inf] = 1_000
     """Gradient steps after which a training ends in any case, at the end of an epoch (PETS: 5 epochs a trial)."""
-    holdout_ratio: float = 0.1
+    holdout_ratio: Annotated[float, 0, 0.9] = 0.1
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
-    max_holdout: int = 5_000
+    max_holdout: Annotated[int, 1, math.inf] = 5_000
     """Largest size of the hold-out set (MBPO)."""
 
     planner: Literal["random_shooting", "cem", "icem", "mppi", "gradient"] = "cem"
     """How sequences are searched; Discrete actions: random_shooting and cem."""
-    horizon: int = 25
+    horizon: Annotated[int, 1, 1000] = 25
     """Steps imagined (PETS: 25 to 30)."""
-    population: int = 64
+    population: Annotated[int, 2, 10**6] = 64
     """Sequences scored in an iteration (PETS: 400 to 500)."""
-    iterations: int = 3
+    iterations: Annotated[int, 1, 1000] = 3
     """Iterations of the search for each action (PETS: 5)."""
     num_best: int = 10
     """Best sequences, to which the distribution moves (PETS: a tenth of the population)."""
-    momentum: float = 0.1
+    momentum: Annotated[float, 0, 0.999] = 0.1
     """Weight of the old mean and variance when the distribution moves (PETS: 0.1)."""
-    particles: int = 5
+    particles: Annotated[int, 1, 10**4] = 5
     """Imagined futures of each sequence, a multiple of num_elites (PETS: 20)."""
     sampling: Literal["ts1", "tsinf"] = "tsinf"
     """Trajectory sampling: `tsinf` keeps a particle with one member, `ts1` redraws the member at every step."""
-    noise_beta: float = 2.0
+    noise_beta: Annotated[float, 0, 10] = 2.0
     """icem: exponent of the noise's spectrum; 0 is white, larger is smoother in time (Pinneri et al. 2020)."""
-    keep: float = 0.3
+    keep: Annotated[float, 0, 1] = 0.3
     """icem: share of the best sequences that the next iteration and the next step start with (Pinneri et al. 2020)."""
-    temperature: float = 0.1
+    temperature: Annotated[float, 1e-9, 1e9] = 0.1
     """mppi: temperature of the weights exp(return / temperature), returns scaled to unit deviation (Williams 2017)."""
-    plan_lr: float = 0.1
+    plan_lr: Annotated[float, 1e-9, 10] = 0.1
     """gradient: step size of Adam on the sequences, in units of half the action range."""
     terminal_value: bool = False
     """Add the value of the last imagined state to the return; it is learned from the real steps, and with Discrete
     actions also from what the model foresees."""
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            total_timesteps=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            threads=(1, 1024),
-            eval_every=(1, math.inf),
-            eval_episodes=(1, math.inf),
-            checkpoint_every=(1, math.inf),
-            learning_starts=(1, math.inf),
-            gamma=(0, 1),
-            ensemble_size=(1, 1000),
-            num_elites=(1, self.ensemble_size),
-            model_lr=(1e-9, 1),
-            model_batch_size=(1, 10**6),
-            train_every=(1, math.inf),
-            patience=(1, 10**6),
-            max_updates=(1, math.inf),
-            holdout_ratio=(0, 0.9),
-            max_holdout=(1, math.inf),
-            horizon=(1, 1000),
-            population=(2, 10**6),
-            iterations=(1, 1000),
-            num_best=(1, self.population),
-            momentum=(0, 0.999),
-            particles=(1, 10**4),
-            noise_beta=(0, 10),
-            keep=(0, 1),
-            temperature=(1e-9, 1e9),
-            plan_lr=(1e-9, 10),
-        )
+        check_ranges(self)
+        if not 1 <= self.num_elites <= self.ensemble_size:
+            raise Failure(f"--num-elites must be from 1 to {self.ensemble_size}, not {self.num_elites}")
+        if not 1 <= self.num_best <= self.population:
+            raise Failure(f"--num-best must be from 1 to {self.population}, not {self.num_best}")
         if self.particles % self.num_elites:
             raise Failure(f"--particles must be a multiple of --num-elites, which is {self.num_elites}")
         if len(self.weight_decay) != len(self.hidden) + 1 or not all(size >= 1 for size in self.hidden):
@@ -233,11 +208,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
-    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+def check_ranges(args: Any) -> None:
+    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
+    NaN is outside of every range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        if get_origin(kind) is Annotated:
+            low, high = kind.__metadata__
+            if not low <= (value := getattr(args, name)) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +236,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = gym.make(args.env_id, **drawing, **kwargs)
-        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
             env.reset(seed=0)
             env.render()
         return env
@@ -305,7 +283,7 @@ def load_function(name: str | None) -> Callable | None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
 
 
 def seed_of(*key: int) -> int:
@@ -1192,7 +1170,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
@@ -1218,7 +1196,7 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     env_id = parser.parse_known_args()[0].env_id
     args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if not (folder := args.resume or args.evaluate):
+    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
@@ -1291,6 +1269,8 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        if args.resume and args.total_timesteps < self.step:
+            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1357,7 +1337,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:

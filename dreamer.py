@@ -74,7 +74,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -105,21 +105,21 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 10_000
+    total_timesteps: Annotated[int, 0, math.inf] = 10_000
     """Environment steps (calls of `env.step`) to learn for."""
-    seed: int = 1
+    seed: Annotated[int, 0, 2**32 - 1] = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the networks are; `auto` takes a GPU where there is one."""
-    threads: int = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
     """Compile the steps of the model with torch.compile, which changes nothing but speed and rounding; for GPUs."""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 5
+    eval_episodes: Annotated[int, 1, math.inf] = 5
     """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: int = 5_000
+    checkpoint_every: Annotated[int, 1, math.inf] = 5_000
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -132,10 +132,10 @@ class Args:
 
     atari: bool = False
     """The usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures."""
-    image_size: int = 64
+    image_size: Annotated[int, 0, 4096] = 64
     """Side to which pictures (a Box of uint8 with 2 or 3 dimensions) are resized; 0: they stay as they are."""
 
-    num_envs: int = 4
+    num_envs: Annotated[int, 1, 10**5] = 4
     """Environments that are played side by side."""
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"
     """Widths of the networks, by their number of parameters (DreamerV3: 200m)."""
@@ -145,58 +145,37 @@ class Args:
     """Scale the numbers of observations, after symlog, to mean 0 and deviation 1 in the replay, and cut them off at 10.
     DreamerV3 does not; so small ones, like the angle of a pole, add next to nothing to the loss, and the latent state
     keeps them badly."""
-    learning_starts: int = 1_024
+    learning_starts: Annotated[int, 1, math.inf] = 1_024
     """Steps before the first update."""
-    train_ratio: float = 128.0
+    train_ratio: Annotated[float, 0, 10**6] = 128.0
     """Steps that are replayed for each environment step (DreamerV3: 32 to 1024)."""
-    batch_size: int = 16
+    batch_size: Annotated[int, 1, 10**5] = 16
     """Sequences of an update (DreamerV3: 16)."""
-    batch_length: int = 16
+    batch_length: Annotated[int, 2, 10**5] = 16
     """Steps of each (DreamerV3: 64)."""
-    replay_size: int = 100_000
+    replay_size: Annotated[int, 1, 10**10] = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
     replay_on_disk: bool = False
     """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints; the latent
     states stay in both."""
-    learning_rate: float = 5e-4
+    learning_rate: Annotated[float, 1e-12, 1] = 5e-4
     """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
-    warmup: int = 200
+    warmup: Annotated[int, 0, math.inf] = 200
     """Updates during which the step size rises from 0 (DreamerV3: 1000, which is the choice for pictures: with 200 the
     actor had settled, in the game Catch, before the decoder showed what there was to see)."""
-    imagination_horizon: int = 15
+    imagination_horizon: Annotated[int, 1, 1000] = 15
     """Steps imagined (DreamerV3: 15)."""
-    imagination_starts: int = 4
+    imagination_starts: Annotated[int, 2, 10**5] = 4
     """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them, which also any number
     from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
-    entropy_scale: float = 3e-4
+    entropy_scale: Annotated[float, 0, 1000] = 3e-4
     """Weight of the policy's entropy (DreamerV3: 3e-4). With our step size the policy can settle before the model knows
     what matters; ten times more, with a `warmup` of 1,000, is what the tasks of benchmark/ were learned with."""
-    horizon: int = 333
+    horizon: Annotated[int, 1, math.inf] = 333
     """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            total_timesteps=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            threads=(1, 1024),
-            eval_every=(1, math.inf),
-            eval_episodes=(1, math.inf),
-            checkpoint_every=(1, math.inf),
-            image_size=(0, 4096),
-            num_envs=(1, 10**5),
-            learning_starts=(1, math.inf),
-            train_ratio=(0, 10**6),
-            batch_size=(1, 10**5),
-            batch_length=(2, 10**5),
-            replay_size=(1, 10**10),
-            learning_rate=(1e-12, 1),
-            warmup=(0, math.inf),
-            imagination_horizon=(1, 1000),
-            imagination_starts=(2, 10**5),
-            entropy_scale=(0, 1000),
-            horizon=(1, math.inf),
-        )
+        check_ranges(self)
         if self.replay_size // self.num_envs <= self.batch_length:
             raise Failure("--replay-size must hold more than one sequence of each environment")
 
@@ -205,11 +184,14 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {}
 
 
-def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
-    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+def check_ranges(args: Any) -> None:
+    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
+    NaN is outside of every range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        if get_origin(kind) is Annotated:
+            low, high = kind.__metadata__
+            if not low <= (value := getattr(args, name)) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +222,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
-        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
             env.reset(seed=0)
             env.render()
         return env
@@ -279,7 +261,7 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
 
 
 def seed_of(*key: int) -> int:
@@ -1418,7 +1400,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
@@ -1444,7 +1426,7 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     env_id = parser.parse_known_args()[0].env_id
     args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if not (folder := args.resume or args.evaluate):
+    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
@@ -1517,6 +1499,8 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        if args.resume and args.total_timesteps < self.step:
+            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1583,7 +1567,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:

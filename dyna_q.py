@@ -24,13 +24,13 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.2,
 
 The book's model holds one outcome per pair, which is right for deterministic worlds only. Here the model counts all
 outcomes and (f) takes the expectation over them (equation 8.1 and Exercise 8.5); where every pair has one outcome and
-one reward, the two are the same. `--model last` is the book's table. It is also the one for a world that changes, as
-counts never forget; but see dyna_q_plus.py for that.
+one reward, the two are the same (up to the rounding of a mean reward). `--model last` is the book's table: use it where
+the world changes, for counts never forget; dyna_q_plus.py is made for that.
 
 Run:     python dyna_q.py
-         python dyna_q.py --env-id FrozenLake-v1 --gamma 0.99 --total-timesteps 20000 --eval-episodes 100
+         python dyna_q.py --env-id FrozenLake-v1
          python dyna_q.py --help
-Expect:  in about a second, a path of 14 steps through the Dyna maze, the shortest, or of 16 (7 and 3 of 10 seeds); on
+Expect:  in about a second, a path of 14 steps through the Dyna maze, the shortest (7 of 10 seeds), or of 16 (3); on
          slippery FrozenLake with the command above, return 0.72 (mean of 10 seeds; the best is 0.74).
 """
 
@@ -54,7 +54,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -83,15 +83,15 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's. Built in: DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 10_000
+    total_timesteps: Annotated[int, 0, math.inf] = 10_000
     """Environment steps (calls of `env.step`) to learn for."""
-    seed: int = 1
+    seed: Annotated[int, 0, 2**32 - 1] = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 5
+    eval_episodes: Annotated[int, 1, math.inf] = 5
     """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: Annotated[int, 1, math.inf] = 10_000
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -102,44 +102,39 @@ class Args:
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
-    alpha: float = 0.1
+    alpha: Annotated[float, 1e-9, 1] = 0.1
     """Step size of the Q-learning update, for real and planned steps alike (the book's value for Figure 8.2)."""
-    gamma: float = 0.95
+    gamma: Annotated[float, 0, 1] = 0.95
     """Discount factor (the book's value for Figure 8.2)."""
-    epsilon: float = 0.1
+    epsilon: Annotated[float, 0, 1] = 0.1
     """Probability of a uniformly random action (the book's value for Figure 8.2)."""
-    n_planning: int = 50
+    n_planning: Annotated[int, 0, 10**6] = 50
     """Planning updates per real step; 0 is Q-learning (the book compares 0, 5 and 50)."""
-    initial_q: float = 0.0
+    initial_q: Annotated[float, -1e9, 1e9] = 0.0
     """Value that every state-action pair starts with."""
     model: Literal["counts", "last"] = "counts"
     """`counts`: all outcomes by their frequency, expected updates. `last`: the book's table of the latest outcome."""
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            total_timesteps=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            eval_every=(1, math.inf),
-            eval_episodes=(1, math.inf),
-            checkpoint_every=(1, math.inf),
-            alpha=(1e-9, 1),
-            gamma=(0, 1),
-            epsilon=(0, 1),
-            n_planning=(0, math.inf),
-            initial_q=(-1e9, 1e9),
-        )
+        check_ranges(self)
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-PRESETS: dict[str, dict[str, Any]] = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99},
+    "BlockingMaze-v0": {"model": "last"},  # counts never forget
+    "ShortcutMaze-v0": {"model": "last"},
+}
 
 
-def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
-    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+def check_ranges(args: Any) -> None:
+    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
+    NaN is outside of every range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        if get_origin(kind) is Annotated:
+            low, high = kind.__metadata__
+            if not low <= (value := getattr(args, name)) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +238,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = gym.make(args.env_id, **drawing, **kwargs)
-        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
             env.reset(seed=0)
             env.render()
         return env
@@ -254,7 +249,10 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
-    """Returns the function from an observation of this space to the key of its row in a table: int, bytes or tuple."""
+    """Returns the function from an observation of this space to the key of its row in a table: int, bytes or tuple.
+
+    A small Box is let in for those whose values come back exactly: nobody can tell that from the space.
+    """
     if isinstance(space, gym.spaces.Discrete):
         return int
     if isinstance(space, gym.spaces.Tuple):
@@ -264,14 +262,15 @@ def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
     if small_box or isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
         return lambda obs: (np.asarray(obs, space.dtype) + space.dtype.type(0)).tobytes()  # + 0 turns -0.0 into 0.0
     raise Failure(
-        f"a table needs finitely many observations, not {space}; see muzero.py, dreamer.py, cem_mpc.py, mbpo.py"
+        "observations must be Discrete, MultiDiscrete, MultiBinary, a Tuple of them or a small bounded Box, not "
+        f"{space}; see muzero.py, dreamer.py, cem_mpc.py, mbpo.py"
     )
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
     """Raises ValueError for an observation that the space does not contain."""
     if type(obs) is int and isinstance(space, gym.spaces.Discrete):
-        inside = 0 <= obs - space.start < space.n  # `in` takes four times as long, and as long as all else of a step
+        inside = 0 <= obs - space.start < space.n  # `in` is slower than all else of a step
     else:
         inside = obs in space
     if not inside:
@@ -280,7 +279,7 @@ def check_observation(obs: Any, space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
 
 
 def seed_of(*key: int) -> int:
@@ -361,9 +360,8 @@ class Model:
 
     def __init__(self, q: dict[Hashable, list[float]], num_actions: int, args: Args):
         self.q, self.num_actions, self.gamma, self.kind = q, num_actions, args.gamma, args.model
-        self.outcomes: dict[
-            tuple, dict[tuple, tuple[int, float]]
-        ] = {}  # (s, a) -> (s', terminated) -> count, sum of rewards
+        # (s, a) -> (s', terminated) -> count, sum of rewards
+        self.outcomes: dict[tuple, dict[tuple, tuple[int, float]]] = {}
         self.first_cell: dict[Hashable, int] = {}
         self.cells: list[tuple | None] = []
         self.tried: list[list[int]] = []  # of each state, the cells that are not None
@@ -387,7 +385,7 @@ class Model:
         visits = sum(count for count, _ in outcomes.values())
         reward = sum(reward_sum for _, reward_sum in outcomes.values()) / visits
         successors = [
-            (self.gamma * count / visits, self.q[next_state])
+            (self.gamma * (count / visits), self.q[next_state])  # gamma exactly, where there is one outcome
             for (next_state, terminated), (count, _) in outcomes.items()
             if not terminated
         ]
@@ -407,6 +405,8 @@ class Model:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        for table in (self.outcomes, self.first_cell, self.cells, self.tried):
+            table.clear()
         for pair_state, action, next_state, terminated, count, rewards in state["outcomes"]:
             pair = ast.literal_eval(pair_state), action
             self.outcomes.setdefault(pair, {})[ast.literal_eval(next_state), terminated] = count, rewards
@@ -424,8 +424,6 @@ class Planner:
     several times faster than single elements of an array, and the random cells of many steps are drawn in one call.
     """
 
-    steps_drawn_at_once = 64
-
     def __init__(self, model: Model, alpha: float, rng: np.random.Generator):
         self.model, self.alpha, self.rng = model, alpha, rng
         self.draws: list[int] = []
@@ -436,7 +434,7 @@ class Planner:
         cells, alpha = self.model.cells, self.alpha
         if len(self.draws) < n or self.drawn_from != len(cells):
             self.drawn_from = len(cells)
-            self.draws = self.rng.integers(self.drawn_from, size=n * self.steps_drawn_at_once).tolist()
+            self.draws = self.rng.integers(self.drawn_from, size=max(n, min(64 * n, 100_000))).tolist()
         for cell in self.draws[:n]:
             row, action, reward, successors = cells[cell] or self.tried_cell(cell)
             target = reward
@@ -494,7 +492,8 @@ class Agent:
         self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
         """Direct Q-learning and model learning from a real step; a truncated one keeps the value of its next state."""
-        state, next_state, action = self.key(obs), self.key(next_obs), action - self.first_action
+        state, next_state, action = self.key(obs), self.key(next_obs), int(action) - self.first_action
+        reward, terminated = float(reward), bool(terminated)  # NumPy's numbers would slow down all that is made of them
         target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
         error = target - self.q[state][action]
         self.q[state][action] += self.args.alpha * error
@@ -517,7 +516,7 @@ class Agent:
         return {state: list(row) for state, row in self.q.items()}
 
     def metrics(self) -> dict[str, float]:
-        """What to log of the steps since the last call."""
+        """What to log of the steps since the last call; the mean of absolute errors begins anew."""
         error = self.sum_abs_error / max(1, self.num_errors)
         self.sum_abs_error, self.num_errors = 0.0, 0
         pairs = len(self.model.outcomes)
@@ -533,6 +532,7 @@ class Agent:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.q.clear()
         self.q.update((ast.literal_eval(key), row) for key, row in state["q"])
         self.model.load_state_dict(state["model"])
         self.rng.bit_generator.state = state["rng"]
@@ -583,7 +583,7 @@ def draw_grid(env: gym.Env, agent: Agent) -> tuple[str, Image.Image] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.json.gz"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
@@ -608,7 +608,7 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     env_id = parser.parse_known_args()[0].env_id
     args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if not (folder := args.resume or args.evaluate):
+    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
@@ -681,6 +681,8 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        if args.resume and args.total_timesteps < self.step:
+            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -747,7 +749,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -843,7 +845,7 @@ def provenance() -> dict:
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict:
-    """Tabular Dyna-Q, line by line as in the box above; returns what is in result.json."""
+    """Tabular Dyna-Q, line by line as in the box on top; returns what is in result.json."""
     env = make_env(args)
     agent = Agent(env.observation_space, env.action_space, args)
     episode = Episode(env, args.seed, 1)

@@ -44,16 +44,16 @@ Run:     python mbpo.py
          python mbpo.py --help
 Expect:  Pendulum-v1 swung up: return -136 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -141, -145, -146,
          -149; a random policy scores about -1,200), and above -200 from step 1,000 on with the best seed, from 2,000 on
-         with the worst (evaluated every 250 steps). 5 minutes a seed on a CPU core, 10 on a busy one. Without a model it takes 2.2 times the steps with
-         one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to 1,500, 5 seeds): on the pendulum
-         many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5: 1000, the maximum, at 2,500
-         and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one update a step, 82 to 177 after
-         6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried). After 5,000 steps
-         InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 37 minutes); without a model, with one
-         update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one seed tried).
-         Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with one update
-         a step, -8.4, -7.9, -9.6. Hopper-v5 (1 seed, stopped there after some 5 hours): 1010, 435, 611, 826 at 10,000,
-         15,000, 20,000 and 25,000 steps. The authors' curve takes off after that; ours is not known there.
+         with the worst (evaluated every 250 steps). 5 minutes a seed on a CPU core, 10 on a busy one. Without a model
+         it takes 2.2 times the steps with one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to
+         1,500, 5 seeds): on the pendulum many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5:
+         1000, the maximum, at 2,500 and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one
+         update a step, 82 to 177 after 6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried).
+         After 5,000 steps InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 37 minutes); without a
+         model, with one update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one
+         seed tried). Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with
+         one update a step, -8.4, -7.9, -9.6. Hopper-v5 (1 seed, stopped there after some 5 hours): 1010, 435, 611, 826
+         at 10,000, 15,000, 20,000 and 25,000 steps. The authors' curve takes off after that; ours is not known there.
 """
 
 import argparse
@@ -77,7 +77,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -108,21 +108,21 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 3_000
+    total_timesteps: Annotated[int, 0, math.inf] = 3_000
     """Environment steps (calls of `env.step`) to learn for."""
-    seed: int = 1
+    seed: Annotated[int, 0, 2**32 - 1] = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the networks are; `auto` takes a GPU where there is one."""
-    threads: int = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
     """Compile the losses with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 5
+    eval_episodes: Annotated[int, 1, math.inf] = 5
     """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: int = 1_000
+    checkpoint_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -133,23 +133,23 @@ class Args:
     capture_video: bool = False
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
-    learning_starts: int = 500
+    learning_starts: Annotated[int, 1, math.inf] = 500
     """Steps with uniformly random actions before anything is learned (MBPO: 5,000; InvertedPendulum 500)."""
-    gamma: float = 0.99
+    gamma: Annotated[float, 0, 1] = 0.99
     """Discount factor of the rewards (MBPO: 0.99)."""
-    updates_per_step: int = 10
+    updates_per_step: Annotated[int, 0, 1000] = 10
     """Updates of the soft actor-critic for each environment step (MBPO: 20; HalfCheetah 40, InvertedPendulum 10)."""
-    batch_size: int = 256
+    batch_size: Annotated[int, 1, 10**6] = 256
     """Transitions of an update."""
-    real_ratio: float = 0.05
+    real_ratio: Annotated[float, 0, 1] = 0.05
     """Share of real transitions in a batch, rounded down; 1: plain soft actor-critic, and no model is trained."""
-    real_ratio_steps: int = 0
+    real_ratio_steps: Annotated[int, 0, math.inf] = 0
     """Not in the paper: steps after `learning_starts` over which the share falls from 1 to `real_ratio`; 0: at once."""
-    policy_lr: float = 3e-4
+    policy_lr: Annotated[float, 1e-9, 1] = 3e-4
     """Step size of Adam for actor, critics and temperature."""
     policy_hidden: tuple[int, ...] = (256, 256)
     """Units of each hidden layer of actor and critics."""
-    tau: float = 0.02
+    tau: Annotated[float, 0, 1] = 0.02
     """Step of the target critics towards the critics at every update (Polyak averaging; MBPO: 0.005). Values need about
     1 / tau / (1 - gamma) updates until they are right: 5,000 here."""
     target_entropy: float | None = None
@@ -157,15 +157,15 @@ class Args:
     (SAC: minus their number; MBPO: mostly half)."""
     critic_layer_norm: bool = False
     """Layer-normalise the critics, as DroQ does to make many updates a step without a model (Hiraoka et al. 2022)."""
-    critic_dropout: float = 0.0
+    critic_dropout: Annotated[float, 0, 0.99] = 0.0
     """Dropout in the critics, along with it (Hiraoka et al. 2022: 0.01)."""
 
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
     """(a, b, x, y): rollouts are x steps long until step a, then linearly longer, up to y at step b. Counted from
     `learning_starts` (MBPO: the same, in epochs of 1,000 steps)."""
-    rollouts: int = 100_000
+    rollouts: Annotated[int, 1, 10**8] = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
-    keep_trainings: int = 1
+    keep_trainings: Annotated[int, 1, 10**6] = 1
     """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). Those of a
     model that had seen little mislead for as long."""
     max_disagreement: float | None = None
@@ -178,7 +178,7 @@ class Args:
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
 
-    ensemble_size: int = 7
+    ensemble_size: Annotated[int, 1, 1000] = 7
     """Networks in the ensemble (PETS: 5, MBPO: 7)."""
     num_elites: int = 5
     """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
@@ -186,52 +186,26 @@ class Args:
     """Units of each hidden layer of the model (MBPO: 4 layers of 200; Humanoid 400)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO)."""
-    model_lr: float = 1e-3
+    model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
-    model_batch_size: int = 256
+    model_batch_size: Annotated[int, 1, 10**6] = 256
     """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
     fewer than 32 (MBPO: 256, PETS: 32)."""
-    train_every: int = 250
+    train_every: Annotated[int, 1, math.inf] = 250
     """Environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)."""
-    patience: int = 5
+    patience: Annotated[int, 1, 10**6] = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
-    max_updates: int = 2_000
+    max_updates: Annotated[int, 1, math.inf] = 2_000
     """Gradient steps after which a training ends in any case, at the end of an epoch (MBPO: none)."""
-    holdout_ratio: float = 0.2
+    holdout_ratio: Annotated[float, 0, 0.9] = 0.2
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
-    max_holdout: int = 5_000
+    max_holdout: Annotated[int, 1, math.inf] = 5_000
     """Largest size of the hold-out set (MBPO)."""
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            total_timesteps=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            threads=(1, 1024),
-            eval_every=(1, math.inf),
-            eval_episodes=(1, math.inf),
-            checkpoint_every=(1, math.inf),
-            learning_starts=(1, math.inf),
-            gamma=(0, 1),
-            updates_per_step=(0, 1000),
-            batch_size=(1, 10**6),
-            real_ratio=(0, 1),
-            real_ratio_steps=(0, math.inf),
-            policy_lr=(1e-9, 1),
-            tau=(0, 1),
-            critic_dropout=(0, 0.99),
-            rollouts=(1, 10**8),
-            keep_trainings=(1, 10**6),
-            ensemble_size=(1, 1000),
-            num_elites=(1, self.ensemble_size),
-            model_lr=(1e-9, 1),
-            model_batch_size=(1, 10**6),
-            train_every=(1, math.inf),
-            patience=(1, 10**6),
-            max_updates=(1, math.inf),
-            holdout_ratio=(0, 0.9),
-            max_holdout=(1, math.inf),
-        )
+        check_ranges(self)
+        if not 1 <= self.num_elites <= self.ensemble_size:
+            raise Failure(f"--num-elites must be from 1 to {self.ensemble_size}, not {self.num_elites}")
         if len(self.weight_decay) != len(self.hidden) + 1 or not all(size >= 1 for size in self.hidden):
             raise Failure("--weight-decay needs one value more than --hidden, whose values are at least 1")
         if not self.policy_hidden or not all(size >= 1 for size in self.policy_hidden):
@@ -273,11 +247,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
-    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+def check_ranges(args: Any) -> None:
+    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
+    NaN is outside of every range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        if get_origin(kind) is Annotated:
+            low, high = kind.__metadata__
+            if not low <= (value := getattr(args, name)) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +275,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         kwargs = {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = gym.make(args.env_id, **drawing, **kwargs)
-        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
             env.reset(seed=0)
             env.render()
         return env
@@ -344,7 +321,7 @@ def load_function(name: str | None) -> Callable | None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
 
 
 def seed_of(*key: int) -> int:
@@ -1152,7 +1129,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 
 
@@ -1178,7 +1155,7 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     env_id = parser.parse_known_args()[0].env_id
     args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if not (folder := args.resume or args.evaluate):
+    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
@@ -1251,6 +1228,8 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        if args.resume and args.total_timesteps < self.step:
+            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1317,7 +1296,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:

@@ -87,7 +87,7 @@ from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_origin, get_type_hints
 
 # The search makes many small matrix products; more threads would only wait for each other, and for other runs. NumPy
 # looks at this when it is first imported: a program that imports it before this file has to set it itself.
@@ -121,21 +121,21 @@ class Args:
     """Gymnasium id, `module:Name-v0` for another package's."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: int = 10_000
+    total_timesteps: Annotated[int, 0, math.inf] = 10_000
     """Environment steps (calls of `env.step`) to learn for."""
-    seed: int = 1
+    seed: Annotated[int, 0, 2**32 - 1] = 1
     """Seed of every random draw: the agent's, the episodes', the evaluation's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the networks are; `auto` takes a GPU where there is one."""
-    threads: int = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
     """Compile the loss with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: int = 5
+    eval_episodes: Annotated[int, 1, math.inf] = 5
     """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: int = 2_000
+    checkpoint_every: Annotated[int, 1, math.inf] = 2_000
     """Environment steps between two checkpoints."""
     run_dir: str = "runs"
     """Folder in which the run's own folder is made."""
@@ -154,122 +154,86 @@ class Args:
     atari: bool = False
     """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
 
-    num_envs: int = 8
+    num_envs: Annotated[int, 1, 10**5] = 8
     """Environments that are played side by side, so that each call of the network serves as many searches; all of them
     make a step, then all updates that are due are made."""
-    gamma: float = 0.99
+    gamma: Annotated[float, -1, 1] = 0.99
     """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
     them, rewards are the mover's, `support` is the largest of them, and `td_steps` as long as a game."""
     search: Literal["puct", "gumbel"] = "gumbel"
     """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations. What MuZero's explores can be set."""
-    num_simulations: int = 16
+    num_simulations: Annotated[int, 1, 10**5] = 16
     """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
-    max_considered: int = 16
+    max_considered: Annotated[int, 1, 10**5] = 16
     """gumbel: how many actions of the root are tried (Gumbel MuZero: 16). With 16 simulations and 16 or more actions
     each of them is tried once, and nothing is halved."""
-    dirichlet_alpha: float = 0.25
+    dirichlet_alpha: Annotated[float, 1e-6, 10**6] = 0.25
     """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess)."""
-    dirichlet_fraction: float = 0.25
+    dirichlet_fraction: Annotated[float, 0, 1] = 0.25
     """puct: share of that noise (MuZero: 0.25)."""
-    temperature: float = 1.0
+    temperature: Annotated[float, 1e-3, 10**3] = 1.0
     """puct: actions of self-play are drawn from visits ^ (1 / temperature): above 1 they are more random (MuZero begins
     with 1 and lowers it)."""
-    repeat: float = 0.0
+    repeat: Annotated[float, 0, 1] = 0.0
     """Probability that self-play does once more what it did last, whatever the search says: where single actions change
     little, independent random ones cancel out (Dabney et al. 2021, "Temporally-extended epsilon-greedy exploration";
     MuZero: 0)."""
-    min_range: float = 0.05
+    min_range: Annotated[float, 0, 1] = 0.05
     """Lower bound on the range by which the Q of a node are divided, as a share of the range of the values in the
     replay (0 included). Without it two nearly equal Q become 0 and 1, and the search follows the model's errors; a
     larger one gives the prior more weight; 0: as in mctx."""
 
-    learning_starts: int = 500
+    learning_starts: Annotated[int, 1, math.inf] = 500
     """Steps before the first update."""
-    updates_per_step: float = 0.5
+    updates_per_step: Annotated[float, 0, 1000] = 0.5
     """Gradient steps for each environment step."""
-    batch_size: int = 256
+    batch_size: Annotated[int, 1, 10**6] = 256
     """Positions of an update."""
-    unroll_steps: int = 5
+    unroll_steps: Annotated[int, 1, 1000] = 5
     """Steps K that the model is unrolled (MuZero: 5)."""
-    td_steps: int = 50
+    td_steps: Annotated[int, 1, 200] = 50
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
     most 200)."""
-    buffer_size: int = 100_000
+    buffer_size: Annotated[int, 2, 10**9] = 100_000
     """Positions in the replay buffer."""
-    follow: float = 0.5
+    follow: Annotated[float, 0, 1] = 0.5
     """Cut a value target's n steps before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
     never (MuZero; without reanalysis, too, 0 is the choice)."""
-    reanalyze_ratio: float = 40.0
+    reanalyze_ratio: Annotated[float, 0, 1000] = 40.0
     """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
     the place of policy and value of when the position was played (MuZero Reanalyze)."""
-    priority_exponent: float = 0.0
+    priority_exponent: Annotated[float, 0, 10] = 0.0
     """Exponent of the priorities |value - value target|, where value is the search's when a position is stored, and the
     network's after each training on it; 0: positions are drawn uniformly (MuZero: 1)."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam at the beginning."""
-    decay_steps: int = 10_000
+    decay_steps: Annotated[int, 1, math.inf] = 10_000
     """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G), and stays at
     a hundredth. About the steps that learning takes."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, 0, 1] = 1e-4
     """Factor of half the squared weights in the loss (MuZero: 1e-4)."""
-    max_grad_norm: float = 5.0
+    max_grad_norm: Annotated[float, 1e-9, math.inf] = 5.0
     """Longest gradient; a longer one is shortened to it."""
-    value_weight: float = 1.0
+    value_weight: Annotated[float, 0, 1000] = 1.0
     """Weight of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)."""
-    consistency_weight: float = 2.0
+    consistency_weight: Annotated[float, 0, 1000] = 2.0
     """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
     that came (Ye et al. 2021: 2)."""
     network: Literal["auto", "mlp", "conv"] = "auto"
     """Fully connected or convolutional; `auto`: convolutional for observations (height, width, channels)."""
-    hidden_size: int = 128
+    hidden_size: Annotated[int, 1, 10**5] = 128
     """Units of the hidden layer of each network."""
-    latent_size: int = 64
+    latent_size: Annotated[int, 2, 10**5] = 64
     """Numbers in a latent state of a vector."""
-    channels: int = 32
+    channels: Annotated[int, 1, 10**4] = 32
     """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
-    support: int = 25
+    support: Annotated[int, 1, 10**4] = 25
     """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25; what is
     larger is clipped. With a negative `gamma` they are not scaled: lost, drawn and won for 1."""
 
     def __post_init__(self):
-        check_ranges(
-            self,
-            total_timesteps=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            threads=(1, 1024),
-            eval_every=(1, math.inf),
-            eval_episodes=(1, math.inf),
-            checkpoint_every=(1, math.inf),
-            num_envs=(1, 10**5),
-            gamma=(-1, 1),
-            num_simulations=(1, 10**5),
-            max_considered=(1, 10**5),
-            dirichlet_alpha=(1e-6, 10**6),
-            dirichlet_fraction=(0, 1),
-            temperature=(1e-3, 10**3),
-            repeat=(0, 1),
-            min_range=(0, 1),
-            learning_starts=(1, math.inf),
-            updates_per_step=(0, 1000),
-            batch_size=(1, 10**6),
-            unroll_steps=(1, 1000),
-            td_steps=(1, 200),
-            buffer_size=(2, 10**9),
-            follow=(0, 1),
-            reanalyze_ratio=(0, 1000),
-            priority_exponent=(0, 10),
-            learning_rate=(1e-9, 1),
-            decay_steps=(1, math.inf),
-            weight_decay=(0, 1),
-            max_grad_norm=(1e-9, math.inf),
-            value_weight=(0, 1000),
-            consistency_weight=(0, 1000),
-            hidden_size=(1, 10**5),
-            latent_size=(2, 10**5),
-            channels=(1, 10**4),
-            support=(1, 10**4),
-        )
+        check_ranges(self)
         if -1 < self.gamma < 0:
             raise Failure(f"--gamma must be -1 where two players take turns, not {self.gamma}")
 
@@ -295,11 +259,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_ranges(args: Any, **ranges: tuple[float, float]) -> None:
-    """Raises Failure for the first field that is outside its closed range (a NaN is outside of every range)."""
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, name)) <= high:
-            raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+def check_ranges(args: Any) -> None:
+    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
+    NaN is outside of every range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        if get_origin(kind) is Annotated:
+            low, high = kind.__metadata__
+            if not low <= (value := getattr(args, name)) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +297,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
         kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
         drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
         env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
-        if render_mode:  # where a package for drawing is missing, this says so now and not after the training
+        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
             env.reset(seed=0)
             env.render()
         return env
@@ -368,7 +335,7 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return env.unwrapped.state_dict() if hasattr(env.unwrapped, "load_state_dict") else {}
+    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
 
 
 def seed_of(*key: int) -> int:
@@ -1438,7 +1405,7 @@ def find_device(name: str) -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on it
+CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
 CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
 CHANGEABLE.update({"eval_env_kwargs", "play"})
 
@@ -1465,7 +1432,7 @@ def parse_args() -> Args:
     parser.add_argument("--env-id", "--env_id", default=Args.env_id)
     env_id = parser.parse_known_args()[0].env_id
     args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if not (folder := args.resume or args.evaluate):
+    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
@@ -1539,6 +1506,8 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        if args.resume and args.total_timesteps < self.step:
+            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1605,7 +1574,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; the checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:

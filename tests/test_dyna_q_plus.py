@@ -6,6 +6,7 @@ import math
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import only_run, scalars
 
 import dyna_q
 import dyna_q_plus
@@ -72,16 +73,15 @@ def test_one_default_setting_shows_both_effects():
 
 
 def test_without_the_footnote_the_bonus_is_of_no_use(monkeypatch):
-    def only_tried(model: dyna_q_plus.Model, state: int, action: int) -> None:
-        known = state in model.first_cell
-        predict(model, state, action)
-        if not known:  # the untried actions of a new state: as if they were the one that was tried
-            first = model.first_cell[state]
-            model.cells[first : first + model.num_actions] = [model.cells[first + action]] * model.num_actions
+    def only_tried(planner: dyna_q_plus.Planner, n: int) -> None:
+        tried = [cell for cell, last in enumerate(planner.model.last_tried) if last]
+        planner.draws = planner.rng.choice(tried, n).tolist()
+        planner.drawn_from = len(planner.model.cells)
+        plan(planner, n)
 
-    predict = dyna_q_plus.Model.write_cell
+    plan = dyna_q_plus.Planner.plan
     with_footnote, _ = mean_and_error(dyna_q_plus, 3_000, 10, kappa=1e-4, **FIGURE_8_4)
-    monkeypatch.setattr(dyna_q_plus.Model, "write_cell", only_tried)
+    monkeypatch.setattr(dyna_q_plus.Planner, "plan", only_tried)
     without, _ = mean_and_error(dyna_q_plus, 3_000, 10, kappa=1e-4, **FIGURE_8_4)
     assert without[2] < 0.6 * with_footnote[2]
 
@@ -205,3 +205,16 @@ def test_an_untried_action_is_not_taken_for_the_best_where_rewards_are_negative(
     agent.observe(1, 2, -1.0, 3, True)
     assert (agent.greedy_policy(0)(0), agent.greedy_policy(0)(1)) == (1, 2)
     assert agent.values()[0] == pytest.approx([-math.inf, -1.9, -math.inf])
+
+
+@pytest.mark.parametrize("seed", [1, 6])  # 337 and 406 steps, when value iteration stopped at changes of 1e-6
+def test_values_are_found_where_all_of_them_are_small(seed, tmp_path):
+    dyna_q_plus.train(Args(gamma=0.3, seed=seed, eval_every=6_000, run_dir=str(tmp_path)))
+    assert [value for tag, _, value in scalars(only_run(tmp_path)) if tag == "eval/episodic_length"] == [16.0]
+
+
+def test_a_state_that_was_never_left_has_the_initial_value():
+    agent = small_agent(gamma=0.5, initial_q=-50.0)
+    agent.observe(0, 0, -3.0, 1, True)
+    agent.observe(0, 1, -1.0, 2, False, True)
+    assert agent.values()[0][:2] == [-3.0, -1.0 + 0.5 * -50.0]

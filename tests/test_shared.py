@@ -530,6 +530,7 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
         return complaint(script, monkeypatch, capsys, *args)
 
     assert "not a run folder" in refuses("--resume", tmp_path)
+    assert "not a run folder" in refuses("--resume", "")  # a variable of the shell that is not set
     run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
     run = only_run(tmp_path)
     discount, other = ("horizon", 50) if script.__name__ == "dreamer" else ("gamma", 0.5)
@@ -538,6 +539,8 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
     assert "exclude each other" in refuses("--resume", run, "--evaluate", run)
     args = run / "args.json"
     text = args.read_text()
+    assert "has 600 steps already" in refuses("--resume", run, "--total-timesteps", 300)
+    assert args.read_text() == text
     for damaged in (
         "",
         "{",
@@ -552,6 +555,23 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
         text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace(f'"{discount}"', '"other"')
     )
     assert "written by other.py" in refuses("--evaluate", run)
+
+
+def test_the_memory_of_an_environment_is_not_shared_with_it(script):
+    class Remembers(gym.Env):
+        def __init__(self):
+            self.notes = {"steps": [1]}
+
+        def state_dict(self) -> dict:
+            return self.notes
+
+        def load_state_dict(self, state: dict) -> None:
+            self.notes = state
+
+    env = Remembers()
+    memory = script.memory_of(env)
+    env.notes["steps"].append(2)
+    assert memory == {"steps": [1]}
 
 
 def test_damaged_checkpoints_are_refused_and_the_older_one_is_kept_and_named(script, monkeypatch, capsys, tmp_path):
