@@ -106,7 +106,7 @@ class Args:
     threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile loss and planner with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    """Compile loss and planner with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: Annotated[int, 1, math.inf] = 5
@@ -123,14 +123,14 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     init_from: str | None = None
-    """Run folder whose model and data to start from. With `--total-timesteps 0` this plans from a fixed data set; with
-    `--reward-fn` the same model is put to another task; with neither it is fine-tuned to a changed environment."""
+    """Run folder whose model and data to start from. With `--total-timesteps 0` this plans from a fixed data set; the
+    same model is put to another task with `--reward-fn`; without either it is fine-tuned to a changed environment."""
     reward_fn: str | None = None
     """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
     learning_starts: Annotated[int, 1, math.inf] = 200
-    """Steps with uniformly random actions before the first training and planning (PETS: one trial)."""
+    """Steps with uniformly random actions before anything is learned (PETS: one trial)."""
     gamma: Annotated[float, 0, 1] = 0.99
     """Discount factor of imagined rewards (PETS: 1)."""
 
@@ -139,13 +139,13 @@ class Args:
     num_elites: int = 5
     """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
     hidden: tuple[int, ...] = (200, 200, 200)
-    """Units of each hidden layer (PETS: 3 or 4 layers of 200)."""
+    """Units of each hidden layer of the dynamics networks (PETS: 3 or 4 layers of 200)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
-    """Factor of half the squared weights of each layer, the last one included (MBPO; not of the biases)."""
+    """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO)."""
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
     model_batch_size: Annotated[int, 1, 10**6] = 256
-    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
+    """Rows per network and update, as soon as there are enough for 16 steps an epoch; before, fewer, but not
     fewer than 32 (MBPO: 256, PETS: 32)."""
     train_every: Annotated[int, 1, math.inf] = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
@@ -260,12 +260,12 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
         raise Failure(
-            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: dyna_q.py, dreamer.py"
+            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: muzero.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
     bounded = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
     if not bounded and not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be a bounded Box of floating-point numbers, or Discrete, not {action_space}")
+        raise Failure(f"actions must be Discrete or a bounded Box of floating-point numbers, not {action_space}")
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -460,7 +460,7 @@ def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """What a gradient step lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
+    """What an update lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
 
     The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
     reward networks have none.
@@ -1003,7 +1003,7 @@ class Agent:
         """Expected returns (N,) of sequences (N, H, A) in [-1, 1] or one-hot."""
         args, groups, returns = self.args, len(self.model.elites), []
         functions = {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn, "value_fn": self.value}
-        for part in self.to_units(plans).split(max(1, self.chunk // args.particles)):
+        for part in self.to_env_units(plans).split(max(1, self.chunk // args.particles)):
             shape = (args.horizon, groups, len(part) * args.particles // groups)
             noise = torch.randn(*shape, self.obs_size, generator=generator, device=self.device)
             permutations = None
@@ -1012,7 +1012,7 @@ class Agent:
             returns.append(self.imagine(self.model, networks, obs, part, noise, permutations, args.gamma, **functions))
         return torch.cat(returns)
 
-    def to_units(self, actions: Tensor) -> Tensor:
+    def to_env_units(self, actions: Tensor) -> Tensor:
         """Actions in [-1, 1] in the environment's units; one-hot ones stay as they are."""
         return actions if self.discrete else self.middle + self.half_range * actions
 
@@ -1021,7 +1021,9 @@ class Agent:
         if self.discrete:
             return self.first_action + int(action.argmax())
         space = self.action_space
-        return self.to_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+        return (
+            self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
+        )
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
@@ -1096,7 +1098,7 @@ class Agent:
         return Lookahead(states, *map(torch.stack, zip(*found, strict=True)))
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode, which neither learns nor touches the agent."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent."""
         start, generator = None, torch.Generator(self.device).manual_seed(seed)
 
         def policy(obs: Any, info: dict | None = None) -> Any:

@@ -14,8 +14,8 @@
 
 A recurrent network keeps a state of the world: a deterministic part that remembers, and categorical samples for what
 cannot be foreseen. It learns to predict the samples that each new observation leads to, and from the state the
-observation, the reward and whether the episode continues. From states it has seen it imagines some steps. From these an
-actor and a critic learn; the critic also from the rewards that really came.
+observation, the reward and whether the episode continues. From states it has seen it imagines a few steps ahead. From
+these the actor and the critic learn; the critic also learns from the rewards that were really received.
 
 The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through world models"):
 
@@ -28,7 +28,7 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor
             Store the states that were inferred
 
-Details are those of the authors' current code, danijar/dreamerv3, from which this script departs in this:
+Details are those of the authors' current code, danijar/dreamerv3. This script departs from it as follows:
 
     - The continuous inputs of an observation are standardised (`standardise`). The settings suit small networks and
       short runs: step size, warm-up, sequences.
@@ -46,10 +46,10 @@ Run:     python dreamer.py
              --warmup 1000 --compile                (on a GPU; batches, step size and ratio of the authors)
          python dreamer.py --help
 Expect:  CartPole-v1: a return of 475 or more (500 is the maximum) for the first time at 3,000 to 7,000 steps (5 of 5
-         seeds, 5 episodes an evaluation). It comes back from what it loses: of the 224 evaluations after the first
+         seeds, 5 episodes an evaluation). It recovers from relapses: of the 224 evaluations after the first
          success 16 are lower, and of those from 32,000 to 50,000 steps none.
          Pendulum-v1: above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds); in 14 of the 80 evaluations
-         after that the mean is lower, mostly as one of the 5 episodes fails; -101, -153, -321 after 30,000 steps.
+         after that the mean is lower, mostly because one of 5 episodes fails; -101, -153, -321 after 30,000 steps.
          These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs. On 2 CPU cores that five
          programs shared they took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
 """
@@ -163,7 +163,7 @@ class Args:
     warmup: Annotated[int, 0, math.inf] = 200
     """Updates during which the step size rises from 0 (DreamerV3: 1000, which is the choice for pictures: with 200 the
     actor had settled, in the game Catch, before the decoder showed what there was to see)."""
-    imagination_horizon: Annotated[int, 1, 1000] = 15
+    horizon: Annotated[int, 1, 1000] = 15
     """Steps imagined (DreamerV3: 15)."""
     imagination_starts: Annotated[int, 2, 10**5] = 4
     """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them, which also any number
@@ -171,8 +171,8 @@ class Args:
     entropy_scale: Annotated[float, 0, 1000] = 3e-4
     """Weight of the policy's entropy (DreamerV3: 3e-4). With our step size the policy can settle before the model knows
     what matters; ten times more, with a `warmup` of 1,000, is what the tasks of benchmark/ were learned with."""
-    horizon: Annotated[int, 1, math.inf] = 333
-    """Steps after which rewards count 1 / e; the discount factor is 1 - 1 / horizon (DreamerV3: 333)."""
+    gamma: Annotated[float, 0, 1] = 1 - 1 / 333
+    """Discount factor (DreamerV3: 1 - 1 / 333)."""
 
     def __post_init__(self):
         check_ranges(self)
@@ -351,7 +351,7 @@ def make_bins(count: int = 255) -> Tensor:
     return torch.cat([half, -half[:-1].flip(0)])
 
 
-def twohot_loss(log_prob: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+def two_hot_loss(log_prob: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     """Cross-entropy (...) of log-probabilities (..., bins) to targets (...), each on the two bins beside it."""
     above = torch.searchsorted(bins, target.contiguous()).clamp(max=len(bins) - 1)  # the first bin that is not below it
     below = (above - (bins[above] > target).long()).clamp(min=0)
@@ -365,7 +365,7 @@ def twohot_loss(log_prob: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     )
 
 
-def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
+def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Expectation (...). The bins are symmetric around 0: each size counts by how much more probable it is above 0 than
     below, so that equal logits give exactly 0."""
     prob, middle = logits.float().softmax(-1), len(bins) // 2
@@ -400,12 +400,14 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
-def lambda_return(last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, disc: float, lam: float = 0.95) -> Tensor:
-    """(B, T) each -> (B, T - 1): R[t] = r[t+1] + disc * c[t+1] * ((1 - lam) * v[t+1] + lam * R[t+1]), c = 1 - term.
-    Where an episode is broken off (`last`), lam is 0: what comes after is not its future. The index of a reward is that
-    of the observation it comes with, not of the action."""
-    live, mix = disc * (1 - term[:, 1:]), lam * (1 - last[:, 1:])
-    interim, returns = rew[:, 1:] + (1 - mix) * live * boot[:, 1:], [boot[:, -1]]
+def lambda_return(
+    last: Tensor, terminal: Tensor, reward: Tensor, bootstrap: Tensor, gamma: float, lam: float = 0.95
+) -> Tensor:
+    """(B, T) each -> (B, T - 1): R[t] = r[t+1] + gamma * c[t+1] * ((1 - lam) * v[t+1] + lam * R[t+1]), where c is 1 -
+    terminal. Where an episode is broken off (`last`), lam is 0: what comes after is not its future. The index of a
+    reward is that of the observation it comes with, not of the action."""
+    live, mix = gamma * (1 - terminal[:, 1:]), lam * (1 - last[:, 1:])
+    interim, returns = reward[:, 1:] + (1 - mix) * live * bootstrap[:, 1:], [bootstrap[:, -1]]
     for t in reversed(range(interim.shape[1])):
         returns.append(interim[:, t] + live[:, t] * mix[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], dim=1)
@@ -910,14 +912,16 @@ class Percentiles:
         return (self.high - self.low).clamp(min=1)
 
 
-def critic_loss(value: Tensor, slow_value: Tensor, ret: Tensor, bins: Tensor) -> Tensor:
+def critic_loss(value: Tensor, slow_value: Tensor, returns: Tensor, bins: Tensor) -> Tensor:
     """Logits of values (N, T + 1, bins) against returns (N, T), and against the mean of the slow critic: (N, T)."""
     log_prob = value[:, :-1].float().log_softmax(-1)
-    return sum(twohot_loss(log_prob, target, bins) for target in (ret.detach(), twohot_mean(slow_value, bins)[:, :-1]))
+    return sum(
+        two_hot_loss(log_prob, target, bins) for target in (returns.detach(), two_hot_mean(slow_value, bins)[:, :-1])
+    )
 
 
 def imagination_loss(
-    rew: Tensor,
+    reward: Tensor,
     con: Tensor,
     log_density: Tensor,
     entropy: Tensor,
@@ -926,25 +930,32 @@ def imagination_loss(
     bins: Tensor,
     percentiles: Percentiles,
     lam: float = 0.95,
-    actent: float = 3e-4,
+    entropy_scale: float = 3e-4,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
     slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
-    val = twohot_mean(value.detach(), bins)
-    weight = con.cumprod(1)[:, :-1]  # the head was trained on disc * (1 - terminal): the discount is in con
-    ret = lambda_return(torch.zeros_like(con), 1 - con, rew, val, 1.0, lam)
-    adv = (ret - val[:, :-1]) / percentiles.update(ret)
-    policy_loss = -weight * (log_density * adv + actent * entropy)
-    return policy_loss, weight * critic_loss(value, slow_value, ret, bins), ret
+    val = two_hot_mean(value.detach(), bins)
+    weight = con.cumprod(1)[:, :-1]  # the head was trained on gamma * (1 - terminal): the discount is in con
+    returns = lambda_return(torch.zeros_like(con), 1 - con, reward, val, 1.0, lam)
+    advantage = (returns - val[:, :-1]) / percentiles.update(returns)
+    policy_loss = -weight * (log_density * advantage + entropy_scale * entropy)
+    return policy_loss, weight * critic_loss(value, slow_value, returns, bins), returns
 
 
 def replay_value_loss(
-    last: Tensor, term: Tensor, rew: Tensor, boot: Tensor, value: Tensor, slow_value: Tensor, bins: Tensor, disc: float
+    last: Tensor,
+    terminal: Tensor,
+    reward: Tensor,
+    bootstrap: Tensor,
+    value: Tensor,
+    slow_value: Tensor,
+    bins: Tensor,
+    gamma: float,
 ) -> Tensor:
-    """The critic on real sequences, (B, T) -> (B, T - 1); `boot`: the imagined return from each state, or its value."""
-    ret = lambda_return(last, term, rew, boot, disc)
-    return (1 - last[:, :-1]) * critic_loss(value, slow_value, ret, bins)
+    """The critic on real sequences, (B, T) -> (B, T - 1); `bootstrap`: each state's imagined return, or its value."""
+    returns = lambda_return(last, terminal, reward, bootstrap, gamma)
+    return (1 - last[:, :-1]) * critic_loss(value, slow_value, returns, bins)
 
 
 def dreamer_loss(
@@ -954,10 +965,10 @@ def dreamer_loss(
     start: Latent,
     percentiles: Percentiles,
     generator: torch.Generator,
-    imagination_horizon: int,
+    horizon: int,
     imagination_starts: int,
-    disc: float,
-    actent: float = 3e-4,
+    gamma: float,
+    entropy_scale: float = 3e-4,
 ) -> tuple[dict[str, Tensor], Latent, dict[str, Tensor]]:
     """World model, actor and critic. `batch`, (B, T, ...): vector, image; prev_action: the action before each
     observation; reward: that came with it; is_first, is_last, is_terminal. The last states of each sequence are
@@ -967,10 +978,10 @@ def dreamer_loss(
     prior, feature = nets.rssm.log_probs(nets.rssm.prior(latent.deter)), latent.feature()
     losses["dyn"] = kl(post.detach(), prior).clamp(min=1)  # free nats
     losses["rep"] = kl(post, prior.detach()).clamp(min=1)
-    losses["rew"] = twohot_loss(nets.reward(feature).float().log_softmax(-1), batch["reward"], nets.bins)
+    losses["reward"] = two_hot_loss(nets.reward(feature).float().log_softmax(-1), batch["reward"], nets.bins)
     terminal, last = batch["is_terminal"].float(), batch["is_last"].float()
     con_logit = nets.con(feature).squeeze(-1).float()
-    losses["con"] = F.binary_cross_entropy_with_logits(con_logit, (1 - terminal) * disc, reduction="none")
+    losses["con"] = F.binary_cross_entropy_with_logits(con_logit, (1 - terminal) * gamma, reduction="none")
     for name, found in nets.decoder(latent).items():
         target = batch[name].float() / 255 if name == "image" else batch[name]
         losses[name] = ((found - target) ** 2).flatten(2).sum(2)
@@ -978,7 +989,7 @@ def dreamer_loss(
     # Imagination; nothing of it has a gradient with respect to the world model.
     state = Latent(*(part[:, -imagination_starts:].detach().flatten(0, 1) for part in latent))
     features, chosen = [state.feature()], []
-    for noise in nets.rssm.noise(imagination_horizon, len(state.deter), generator=generator):
+    for noise in nets.rssm.noise(horizon, len(state.deter), generator=generator):
         policy = nets.policy(features[-1])
         with torch.no_grad():
             state = nets.rssm.imagine_step(state, action := policy.sample(generator), noise)
@@ -987,23 +998,35 @@ def dreamer_loss(
     imagined = torch.stack(features, 1)
     log_density, entropy = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     with torch.no_grad():
-        rew, con = twohot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
+        reward, con = two_hot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
         slow_value = slow_critic(imagined)
-    losses["policy"], losses["value"], ret = imagination_loss(
-        rew, con, log_density, entropy, nets.critic(imagined), slow_value, nets.bins, percentiles, actent=actent
+    losses["policy"], losses["value"], returns = imagination_loss(
+        reward,
+        con,
+        log_density,
+        entropy,
+        nets.critic(imagined),
+        slow_value,
+        nets.bins,
+        percentiles,
+        entropy_scale=entropy_scale,
     )
     value = nets.critic(feature)
     with torch.no_grad():
         slow_value = slow_critic(feature)
-        boot = twohot_mean(value, nets.bins)  # the critic's value where nothing was imagined, else the imagined return
-        boot[:, -imagination_starts:] = ret[:, 0].view(len(last), -1)
-    losses["repval"] = replay_value_loss(last, terminal, batch["reward"], boot, value, slow_value, nets.bins, disc)
+        bootstrap = two_hot_mean(
+            value, nets.bins
+        )  # the critic's value; where it was imagined from, the imagined return
+        bootstrap[:, -imagination_starts:] = returns[:, 0].view(len(last), -1)
+    losses["repval"] = replay_value_loss(
+        last, terminal, batch["reward"], bootstrap, value, slow_value, nets.bins, gamma
+    )
     logs = {
         "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
         "model/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
-        "planner/imagined_return": ret.mean(),
-        "planner/imagined_reward": rew[:, 1:].mean(),
-        "planner/policy_entropy": entropy.mean(),
+        "planner/imagined_return": returns.mean(),
+        "planner/imagined_reward": reward[:, 1:].mean(),
+        "losses/entropy": entropy.mean(),
     }
     means = {name: loss.mean() for name, loss in losses.items()}
     return means, Latent(latent.deter.detach(), latent.stoch.detach()), logs
@@ -1258,8 +1281,8 @@ class Agent:
     def learn_now(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`update_once` for tensors alone: what `aligned` gives -> what to log, and the states that were inferred."""
         args = self.args
-        lengths = args.imagination_horizon, args.imagination_starts
-        settings = self.percentiles, self.generator, *lengths, 1 - 1 / args.horizon, args.entropy_scale
+        lengths = args.horizon, args.imagination_starts
+        settings = self.percentiles, self.generator, *lengths, args.gamma, args.entropy_scale
         # Without its cache: that would keep what was cast without a gradient, in the imagination.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
             start = Latent(batch["deter"], batch["stoch"])
@@ -1271,7 +1294,7 @@ class Agent:
         with torch.no_grad():
             for slow, parameter in zip(self.slow_critic.parameters(), self.nets.critic.parameters(), strict=True):
                 slow.lerp_(parameter, 0.02)
-        logs |= {f"losses/{name}": part for name, part in losses.items()}
+        logs |= {f"losses/{name}_loss": part for name, part in losses.items()}
         found = {name: part.detach() for name, part in logs.items()}
         return found | {"deter": latent.deter, "stoch": latent.stoch.argmax(-1)}
 
@@ -1330,7 +1353,8 @@ class Agent:
         images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode: the most likely action in each latent state."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent: the most likely
+        action in each latent state."""
         generator = torch.Generator(self.device).manual_seed(seed)
         latent, action = self.nets.rssm.initial(1), self.zero_action(1)
         first = torch.ones(1, dtype=torch.bool, device=self.device)

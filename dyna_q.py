@@ -507,7 +507,8 @@ class Agent:
             self.planner.plan(self.args.n_planning)
 
     def greedy_policy(self, seed: int) -> Callable[..., int]:
-        """A policy (observation, info -> action) that does not touch the agent; ties are broken with `seed`."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent; ties are broken with
+        `seed`."""
         rng, values, unknown = np.random.default_rng(seed), self.values(), [0.0] * self.num_actions
         return lambda obs, info=None: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
 

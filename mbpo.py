@@ -117,7 +117,7 @@ class Args:
     threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the losses with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    """Compile the losses with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: Annotated[int, 1, math.inf] = 5
@@ -153,16 +153,16 @@ class Args:
     """Step of the target critics towards the critics at every update (Polyak averaging; MBPO: 0.005). Values need about
     1 / tau / (1 - gamma) updates until they are right: 5,000 here."""
     target_entropy: float | None = None
-    """Entropy that the temperature aims at, of actions in [-1, 1]. None: minus half the number of their dimensions
-    (SAC: minus their number; MBPO: mostly half)."""
+    """Entropy that the temperature aims at, of actions in [-1, 1]. None: minus half the number of their dimensions, as
+    mostly in MBPO (SAC: minus their number)."""
     critic_layer_norm: bool = False
     """Layer-normalise the critics, as DroQ does to make many updates a step without a model (Hiraoka et al. 2022)."""
     critic_dropout: Annotated[float, 0, 0.99] = 0.0
     """Dropout in the critics, along with it (Hiraoka et al. 2022: 0.01)."""
 
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
-    """(a, b, x, y): rollouts are x steps long until step a, then linearly longer, up to y at step b. Counted from
-    `learning_starts` (MBPO: the same, in epochs of 1,000 steps)."""
+    """(a, b, x, y): rollouts are x steps long until step a, then linearly longer, up to y at step b; steps count
+    from `learning_starts` on (MBPO: the same, in epochs of 1,000 steps)."""
     rollouts: Annotated[int, 1, 10**8] = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: Annotated[int, 1, 10**6] = 1
@@ -183,13 +183,13 @@ class Args:
     num_elites: int = 5
     """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
     hidden: tuple[int, ...] = (200, 200, 200, 200)
-    """Units of each hidden layer of the model (MBPO: 4 layers of 200; Humanoid 400)."""
+    """Units of each hidden layer of the dynamics networks (MBPO: 4 layers of 200; Humanoid 400)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
     """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO)."""
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
     model_batch_size: Annotated[int, 1, 10**6] = 256
-    """Rows per network and gradient step, as soon as there are enough for 16 steps an epoch; before, fewer, but not
+    """Rows per network and update, as soon as there are enough for 16 steps an epoch; before, fewer, but not
     fewer than 32 (MBPO: 256, PETS: 32)."""
     train_every: Annotated[int, 1, math.inf] = 250
     """Environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)."""
@@ -299,11 +299,12 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
         raise Failure(
-            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: dyna_q.py, dreamer.py"
+            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: muzero.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
     if not (box and action_space.is_bounded() and (action_space.low < action_space.high).all()):
-        raise Failure(f"actions must be a bounded Box of floating-point numbers, not {action_space}; see cem_mpc.py")
+        others = "for Discrete see cem_mpc.py, muzero.py, dreamer.py"
+        raise Failure(f"actions must be a bounded Box of floating-point numbers, not {action_space}; {others}")
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -498,7 +499,7 @@ def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 
 def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """What a gradient step lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
+    """What an update lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
 
     The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
     reward networks have none.
@@ -1073,7 +1074,8 @@ class Agent:
         self.losses = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy, "alpha": alpha}
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode: the mean before the squashing."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent: the mean before the
+        squashing."""
 
         @torch.inference_mode()
         def policy(obs: Any, info: dict | None = None) -> Any:

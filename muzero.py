@@ -10,11 +10,11 @@
 #   "tqdm>=4.66",
 # ]
 # ///
-"""MuZero: search a tree of what could be done, in a model that was learned for nothing else.
+"""MuZero: search a tree of what could be done, in a model learned for that alone.
 
 A network turns the observation into a latent state; a second one goes from latent state and action to the next latent
 state; a third gives each latent state the reward that led there, a policy and a value. With them a tree search looks
-ahead, and what it finds is better than the policy and value it started from: they are trained to become what it found.
+ahead, and finds a better policy and value than those it started from, which are trained towards what it found.
 
 The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi by planning with a learned model"):
 
@@ -36,7 +36,7 @@ steps as DeepMind's mctx. What differs from the papers:
       the papers' choice, also counts what the search tried without liking it.
     - Value targets use the rewards of an old episode only up to the first action that today's policy would not take any
       more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
-    - Q of actions that are all but equal stay close when they are rescaled (`min_range`).
+    - Nearly equal Q stay close when they are rescaled (`min_range`).
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
       these, the model of CartPole blurred the effects of actions.
@@ -118,7 +118,7 @@ class Args:
     """MuZero (Schrittwieser et al. 2020) and Gumbel MuZero (Danihelka et al. 2022)."""
 
     env_id: str = "CartPole-v1"
-    """Gymnasium id, `module:Name-v0` for another package's."""
+    """Gymnasium id, `module:Name-v0` for another package's. Built in: TicTacToe-v0, KInARow-v0."""
     env_kwargs: tuple[str, ...] = ()
     """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
     total_timesteps: Annotated[int, 0, math.inf] = 10_000
@@ -130,7 +130,7 @@ class Args:
     threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the loss with torch.compile, which changes nothing but speed: less on a CPU, more on a GPU."""
+    """Compile the loss with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: Annotated[int, 1, math.inf] = 5
@@ -147,12 +147,12 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     play: str | None = None
-    """Run folder of a board game, to play against its agent in the terminal; of the others only `device` counts."""
+    """Run folder of a board game, to play against its agent in the terminal; of other options only `device` counts."""
     eval_env_kwargs: tuple[str, ...] = ()
-    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a game of a
-    board is evaluated by self-play, whose return says nothing.)"""
+    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a board
+    game is evaluated by self-play, whose return says nothing.)"""
     atari: bool = False
-    """The usual wrappers of Atari games: random no-ops, 4 frames a step, 84 x 84 grey, the last 4 pictures."""
+    """The usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures."""
 
     num_envs: Annotated[int, 1, 10**5] = 8
     """Environments that are played side by side, so that each call of the network serves as many searches; all of them
@@ -194,7 +194,7 @@ class Args:
     td_steps: Annotated[int, 1, 200] = 50
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
     most 200)."""
-    buffer_size: Annotated[int, 2, 10**9] = 100_000
+    replay_size: Annotated[int, 2, 10**9] = 100_000
     """Positions in the replay buffer."""
     follow: Annotated[float, 0, 1] = 0.5
     """Cut a value target's n steps before the first action whose probability is below this share of the most probable
@@ -235,7 +235,7 @@ class Args:
     def __post_init__(self):
         check_ranges(self)
         if -1 < self.gamma < 0:
-            raise Failure(f"--gamma must be -1 where two players take turns, not {self.gamma}")
+            raise Failure(f"--gamma must be -1 in self-play, and from 0 on without, not {self.gamma}")
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
@@ -325,10 +325,10 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     if not box and not isinstance(observation_space, gym.spaces.Discrete):
         raise Failure(
             "observations must be Discrete, an image (height, width, channels) or a Box of up to 1,000 numbers, not "
-            f"{observation_space}"
+            f"{observation_space}; others: dreamer.py, dyna_q.py"
         )
     if not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py and mbpo.py")
+        raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py, mbpo.py, dreamer.py")
     if too_many := [space for space in (observation_space, action_space) if getattr(space, "n", 0) > 10_000]:
         raise Failure(f"{too_many[0]} has more than 10,000 elements")
 
@@ -615,7 +615,7 @@ def make_network(
     if args.consistency_weight:
         size = planes if len(obs_shape) == 1 else channels * height * width
         shapes |= {"project": (size, hidden), "projection": (hidden, hidden)}
-        shapes |= {"foretell": (hidden, hidden), "foretold": (hidden, hidden)}
+        shapes |= {"predictor_hidden": (hidden, hidden), "predictor": (hidden, hidden)}
     parameters = nn.ParameterDict()
     for name, shape in shapes.items():
         fan_in, fan_out = (shape[0], shape[1]) if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
@@ -699,14 +699,14 @@ def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
 
 def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
     """(N, ...), (N, ...) -> (N,): minus the cosine between the projection of a real latent state, which gets no
-    gradient, and what is foretold of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
+    gradient, and what is predicted of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
     without its batch normalisation)."""
 
     def project(latent: Tensor) -> Tensor:
         return dense(parameters, "projection", relu(dense(parameters, "project", latent.flatten(1))))
 
-    foretold = dense(parameters, "foretold", relu(dense(parameters, "foretell", project(imagined))))
-    return -F.cosine_similarity(foretold, project(real).detach(), dim=1)
+    predicted = dense(parameters, "predictor", relu(dense(parameters, "predictor_hidden", project(imagined))))
+    return -F.cosine_similarity(predicted, project(real).detach(), dim=1)
 
 
 def unrolled_loss(
@@ -820,12 +820,12 @@ class Replay:
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % len(columns["value"])]
 
     def sample(
-        self, count: int, steps: int, n: int, gamma: float, generator: np.random.Generator, next_obs: bool = False
+        self, count: int, steps: int, n: int, gamma: float, rng: np.random.Generator, next_obs: bool = False
     ) -> tuple[Array, dict[str, Array]]:
         """Rows drawn by priority, and what `unrolled_loss` wants of them."""
         columns = self.columns
         cumulated = columns["priority"].cumsum()
-        rows = cumulated.searchsorted(generator.random(count) * cumulated[-1], side="right")
+        rows = cumulated.searchsorted(rng.random(count) * cumulated[-1], side="right")
         probability = columns["priority"][rows] / cumulated[-1]
         weight = 1 / (np.count_nonzero(columns["priority"]) * probability)
 
@@ -836,9 +836,7 @@ class Replay:
         # Two players: after the end, too, the turn would change with each step, and with it the sign of the value.
         beyond = np.maximum(offset - left, 0)  # steps
         value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** beyond
-        action = np.where(
-            acting, columns["action"][index], generator.integers(columns["policy"].shape[1], size=index.shape)
-        )
+        action = np.where(acting, columns["action"][index], rng.integers(columns["policy"].shape[1], size=index.shape))
         batch = {
             "obs": columns["obs"][rows],
             "action": action[:, :-1],
@@ -853,10 +851,10 @@ class Replay:
             batch["next_obs"] = columns["obs"][index[:, 1:]]
         return rows, batch
 
-    def searchable(self, count: int, generator: np.random.Generator, masked: bool) -> Array:
+    def searchable(self, count: int, rng: np.random.Generator, masked: bool) -> Array:
         """Up to `count` rows drawn uniformly, of which a search can say something: no states after an end and, where
         some actions are not allowed (`masked`), no last rows of a part, where it is not known which."""
-        rows = generator.integers(self.used, size=count)
+        rows = rng.integers(self.used, size=count)
         return rows[(self.columns["left"][rows] > 0) | ~(self.columns["terminated"][rows] | masked)]
 
     def state_dict(self) -> dict:
@@ -1126,7 +1124,7 @@ class Agent:
         parameters = list(self.parameters.parameters())
         self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
-        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.buffer_size, args.follow)
+        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.replay_size, args.follow)
         # Of each environment: policy, value and legal actions of the search in the present state, and the steps of the
         # present part of an episode.
         self.found: list[tuple[Array, float, Array]] = []
@@ -1244,7 +1242,7 @@ class Agent:
         # some actions are not allowed, the last state of a part is never searched, so that it is better to wait.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
         length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
-        if terminated or truncated or len(part) >= min(length, args.buffer_size - 1):
+        if terminated or truncated or len(part) >= min(length, args.replay_size - 1):
             self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
 
@@ -1329,7 +1327,7 @@ class Agent:
         return (self.plan(rows, legal, None)[1] + self.first_action).tolist()
 
     def greedy_policy(self, seed: int) -> Callable[..., int]:
-        """A policy (observation, info -> action) for one episode, which needs no seed."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent; it needs no seed."""
         return lambda obs, info=None: self.act_greedily([obs], [info])[0]
 
     def metrics(self) -> dict[str, float]:
@@ -1472,7 +1470,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 
 
 def greedy_episodes(
-    agent: "Agent", envs: list[gym.Env], args: Args, memory: dict
+    agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
     """`args.eval_episodes` whole episodes side by side, as a search of many states costs little more than one of one;
     with `args.capture_video` pictures of the first."""
@@ -1716,7 +1714,7 @@ def train(args: Args) -> dict:
     envs = [make_env(args) for _ in range(args.num_envs)]
     game = envs[0].unwrapped
     if isinstance(game, KInARow) and (args.gamma < 0) != (game.opponent is None):
-        raise Failure("--gamma must be below 0 in self-play, and above 0 with an opponent in --env-kwargs")
+        raise Failure("--gamma must be -1 in self-play, and from 0 on with an opponent in --env-kwargs")
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
     run = Run(args, agent, episodes)

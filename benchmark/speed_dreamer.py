@@ -59,7 +59,7 @@ def random_steps() -> dict[str, np.ndarray]:
 def our_contestant(device: str, **options: bool) -> Contestant:
     """dreamer.py."""
     sizes = {"size": "1m", "batch_size": BATCH, "batch_length": LENGTH, "imagination_starts": LENGTH}
-    args = dreamer.Args(**sizes, **options, imagination_horizon=HORIZON, num_envs=1, replay_size=ROWS, device=device)
+    args = dreamer.Args(**sizes, **options, horizon=HORIZON, num_envs=1, replay_size=ROWS, device=device)
     agent, steps = dreamer.Agent(OBSERVATION_SPACE, ACTION_SPACE, args), random_steps()
     for name, column in steps.items():
         agent.replay.fixed[name][0] = column

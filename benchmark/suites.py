@@ -181,6 +181,26 @@ DECLARED = (
             ("Dyna-Q+", "37.6", "86.8", "136.9", "202.7", "282.5", "364.2"),
         ),
     ),
+    Suite(
+        name="exercise_8_4",
+        title="Shortcut maze: three ways to explore (Sutton & Barto, Exercise 8.4)",
+        entries=(
+            Entry("Dyna-Q", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, baseline=True),
+            Entry("bonus in planning", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3"),
+            Entry("bonus in acting", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3 --bonus-on action"),
+            Entry("optimistic start", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, "--initial-q 1"),
+        ),
+        arguments="--alpha 1.0 --gamma 0.95 --epsilon 0.1 --n-planning 50 --model last",
+        collect="episodes",
+        curve="cumulative return",
+        statistic="mean",
+        xlabel="environment steps",
+        ylabel="cumulative reward",
+        xlim=(0, 6_000),
+        ylim=(0, 400),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000),
+        vertical=(3_000, "a shortcut opens"),
+    ),
     # 0.740: the best of all 4^11 stationary policies within the 100 steps of an episode, computed from `env.P`.
     # A stochastic world, in which the book's model of the last outcome is wrong.
     Suite(

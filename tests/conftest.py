@@ -29,7 +29,7 @@ TINY = {  # arguments with which a script takes milliseconds a step
     "muzero": "--num-envs 2 --num-simulations 3 --hidden-size 16 --latent-size 8 --batch-size 16 --learning-starts 50"
     " --updates-per-step 0.1 --support 5",
     "dreamer": "--num-envs 2 --batch-size 2 --batch-length 4 --learning-starts 30 --train-ratio 1 --replay-size 2000"
-    " --imagination-horizon 3 --imagination-starts 3",
+    " --horizon 3 --imagination-starts 3",
 }
 CORRIDOR = {"cem_mpc": "BoxCorridor-v0", "mbpo": "BoxCorridor-v0"}  # where it is not Corridor-v0
 

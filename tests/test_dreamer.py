@@ -64,9 +64,9 @@ def test_golden_formulas(golden):
     twohot, targets = golden["twohot"], tensor(golden["twohot"]["targets"])
     random = tensor(np.random.default_rng(0).normal(size=255).astype(np.float32))
     for logits, name in ((torch.zeros(255), "loss_zero_logits"), (random, "loss_random_logits")):
-        losses = dreamer.twohot_loss(logits.log_softmax(-1).expand(len(targets), -1), targets, BINS)
+        losses = dreamer.two_hot_loss(logits.log_softmax(-1).expand(len(targets), -1), targets, BINS)
         torch.testing.assert_close(losses, tensor(twohot[name]), rtol=0, atol=1e-5)
-    assert dreamer.twohot_mean(random, BINS).item() == pytest.approx(twohot["pred_random"], rel=1e-5)
+    assert dreamer.two_hot_mean(random, BINS).item() == pytest.approx(twohot["pred_random"], rel=1e-5)
     mixed = golden["unimix"]
     first, second = dreamer.unimix(tensor(mixed["l1"])), dreamer.unimix(tensor(mixed["l2"]))
     torch.testing.assert_close(first, tensor(mixed["logits1"]), rtol=0, atol=1e-5)
@@ -142,7 +142,7 @@ def test_bins_and_the_mean_of_equal_logits():
     assert torch.equal(BINS, -BINS.flip(0))
     assert BINS[128].item() == pytest.approx(math.expm1(20 / 127))
     for scale in (0.0, 1.0, -3.0):
-        assert dreamer.twohot_mean(torch.full((255,), scale), BINS).item() == 0
+        assert dreamer.two_hot_mean(torch.full((255,), scale), BINS).item() == 0
 
 
 @given(st.floats(-1e9, 1e9))
@@ -150,7 +150,7 @@ def test_two_hot_spreads_a_target_over_the_bins_beside_it(x):
     target = torch.tensor([x], dtype=torch.float32)
     # The loss is linear in the weights: they are read off with numbers that single out one bin.
     single = torch.eye(255) * 50 - 50
-    probability = 50 - dreamer.twohot_loss(single, target.expand(255), BINS)
+    probability = 50 - dreamer.two_hot_loss(single, target.expand(255), BINS)
     weights = (probability / 50).double()
     assert weights.sum().item() == pytest.approx(1, abs=1e-4)
     assert (weights > 1e-4).sum() <= 2
@@ -318,7 +318,7 @@ def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
     ((_, _, reward, boot, critic, *_),) = replayed  # the critic learns from all states
     torch.testing.assert_close(reward, batch["reward"])
     torch.testing.assert_close(critic, agent.nets.critic(latent.feature()))
-    values = dreamer.twohot_mean(critic, agent.nets.bins)
+    values = dreamer.two_hot_mean(critic, agent.nets.bins)
     torch.testing.assert_close(boot[:, :-2], values[:, :-2])
     assert (boot[:, -2:] != values[:, -2:]).all()  # where something was imagined, it is the imagined return
     assert not boot.requires_grad
@@ -345,7 +345,7 @@ def gradients(agent: dreamer.Agent, name: str) -> set[str]:
         ("policy", {"actor"}),
         ("value", {"critic"}),
         ("repval", {"critic", "rssm", "encoder"}),
-        ("rew", {"reward", "rssm", "encoder"}),
+        ("reward", {"reward", "rssm", "encoder"}),
         ("con", {"con", "rssm", "encoder"}),
         ("vector", {"decoder", "rssm", "encoder"}),
         ("dyn", {"rssm"}),

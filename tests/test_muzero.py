@@ -617,8 +617,8 @@ def test_consistency_pulls_the_imagined_state_to_the_observation_that_came_but_n
     assert second is None
     # The same by torch's own layers.
     project = plain_layers(parameters, "project", "projection")
-    foretold = plain_layers(parameters, "foretell", "foretold")(project(imagined.double()))
-    wanted = -torch.nn.functional.cosine_similarity(foretold, project(real.double()))
+    predictor = plain_layers(parameters, "predictor_hidden", "predictor")(project(imagined.double()))
+    wanted = -torch.nn.functional.cosine_similarity(predictor, project(real.double()))
     torch.testing.assert_close(muzero.inconsistency(parameters, imagined, real).double(), wanted, atol=1e-5, rtol=1e-4)
 
 

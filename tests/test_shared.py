@@ -533,8 +533,7 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
     assert "not a run folder" in refuses("--resume", "")  # a variable of the shell that is not set
     run_script(script, monkeypatch, *SMALL, "--run-dir", tmp_path)
     run = only_run(tmp_path)
-    discount, other = ("horizon", 50) if script.__name__ == "dreamer" else ("gamma", 0.5)
-    assert f"started with another {discount}" in refuses("--resume", run, f"--{discount}", other)
+    assert "started with another gamma" in refuses("--resume", run, "--gamma", 0.5)
     assert "started with another env_id, seed" in refuses("--evaluate", run, "--seed", 7, "--env-id", "Taxi-v4")
     assert "exclude each other" in refuses("--resume", run, "--evaluate", run)
     args = run / "args.json"
@@ -546,14 +545,12 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
         "{",
         "[]",
         "{}",
-        f'{{"script": "{script.__name__}", "args": {{"{discount}": "x"}}}}',
-        text.replace(f'"{discount}"', '"gama"'),
+        f'{{"script": "{script.__name__}", "args": {{"gamma": "x"}}}}',
+        text.replace('"gamma"', '"gama"'),
     ):
         args.write_text(damaged)
         assert "not a run folder" in refuses("--resume", run)
-    args.write_text(
-        text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace(f'"{discount}"', '"other"')
-    )
+    args.write_text(text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace('"gamma"', '"other"'))
     assert "written by other.py" in refuses("--evaluate", run)
 
 
