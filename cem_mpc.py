@@ -28,12 +28,17 @@ The algorithm (Chua et al. 2018, "Deep Reinforcement Learning in a Handful of Tr
                 Move the distribution of sequences to the best of them
             Take the first action of the mean of the distribution; add the step to D             (section 5.2)
 
-Beyond the paper: rewards and terminations are learned, each by networks of their own, so that an environment is all
-that has to be given, and rewards are discounted; targets are standardised like inputs; the ensemble is trained every
-50 steps and not once a trial, with a hold-out set and early stopping, as in MBPO (Janner et al. 2019; code
-jannerm/mbpo). Other planners can take the place of the cross-entropy method, and `--terminal-value` adds a learned
-value at the end of a plan; it is on for the two poles, which must be balanced for longer than a plan. Settings of
-PETS come from the authors' code, kchua/handful-of-trials; their search also stops early where the variance is small.
+The settings are those of the authors' code, kchua/handful-of-trials, but:
+
+    - Rewards and terminations are learned, each by networks of their own, so that an environment is all that is needed
+      (the authors give functions, and inputs made for each task). Terminations are few, and none must be overlooked:
+      where episodes end by chance, the networks expect it far too often.
+    - A search imagines 960 sequences for each action, counting particles, the authors' 40,000, and stops early where
+      the variance is small. Rewards are discounted.
+    - Targets are standardised like inputs. The ensemble is trained every 50 steps and not once a trial, with a hold-out
+      set and early stopping, as in MBPO (Janner et al. 2019; code jannerm/mbpo).
+    - Other planners can take the place of the cross-entropy method. `--terminal-value` adds a learned value at the end
+      of a plan; it is on for CartPole-v1 and InvertedPendulum-v5, which must be balanced for longer than a plan.
 
 Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
@@ -106,7 +111,7 @@ class Args:
     threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile loss and planner with torch.compile, which changes nothing but speed and rounding; for GPUs."""
+    """Compile what the planner imagines with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: Annotated[int, 1, math.inf] = 5
@@ -124,9 +129,11 @@ class Args:
 
     init_from: str | None = None
     """Run folder whose model and data to start from. With `--total-timesteps 0` this plans from a fixed data set; the
-    same model is put to another task with `--reward-fn`; without either it is fine-tuned to a changed environment."""
+    same model is put to another task with `--reward-fn`; in a changed environment it plans from the first step on, and
+    after `learning_starts` steps is fine-tuned to what it has seen there."""
     reward_fn: str | None = None
-    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
+    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned. (An
+    Agent in a loop of your own can be given one as its attribute `reward_fn`.)"""
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
     learning_starts: Annotated[int, 1, math.inf] = 200
@@ -139,7 +146,7 @@ class Args:
     num_elites: int = 5
     """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
     hidden: tuple[int, ...] = (200, 200, 200)
-    """Units of each hidden layer of the dynamics networks (PETS: 3 or 4 layers of 200)."""
+    """Units of each hidden layer of the dynamics networks (PETS: 3 or 4 layers of 200; CartPole 3 of 500)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
     """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO)."""
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
@@ -165,11 +172,11 @@ class Args:
     population: Annotated[int, 2, 10**6] = 64
     """Sequences scored in an iteration (PETS: 400 to 500)."""
     iterations: Annotated[int, 1, 1000] = 3
-    """Iterations of the search for each action (PETS: 5)."""
+    """Iterations of the search for each action (PETS: 5; random_shooting: so many times the population at once)."""
     num_best: int = 10
-    """Best sequences, to which the distribution moves (PETS: a tenth of the population)."""
+    """Best sequences, to which the distribution moves (PETS: a tenth of the population); gradient: sequences in all."""
     momentum: Annotated[float, 0, 0.999] = 0.1
-    """Weight of the old mean and variance when the distribution moves (PETS: 0.1)."""
+    """Weight of the old mean and variance when the distribution moves (PETS: 0.1); of the old mean in mppi, too."""
     particles: Annotated[int, 1, 10**4] = 5
     """Imagined futures of each sequence, a multiple of num_elites (PETS: 20)."""
     sampling: Literal["ts1", "tsinf"] = "tsinf"
@@ -179,7 +186,7 @@ class Args:
     keep: Annotated[float, 0, 1] = 0.3
     """icem: share of the best sequences that the next iteration and the next step start with (Pinneri et al. 2020)."""
     temperature: Annotated[float, 1e-9, 1e9] = 0.1
-    """mppi: temperature of the weights exp(return / temperature), returns scaled to unit deviation (Williams 2017)."""
+    """mppi: temperature of the weights exp(return / temperature) (Williams et al. 2017), returns at unit deviation."""
     plan_lr: Annotated[float, 1e-9, 10] = 0.1
     """gradient: step size of Adam on the sequences, in units of half the action range."""
     terminal_value: bool = False
@@ -196,6 +203,8 @@ class Args:
             raise Failure(f"--particles must be a multiple of --num-elites, which is {self.num_elites}")
         if len(self.weight_decay) != len(self.hidden) + 1 or not all(size >= 1 for size in self.hidden):
             raise Failure("--weight-decay needs one value more than --hidden, whose values are at least 1")
+        if not all(0 <= factor < math.inf for factor in self.weight_decay):
+            raise Failure(f"--weight-decay needs values from 0 on, not {self.weight_decay}")
 
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
@@ -263,9 +272,15 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
             f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: muzero.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    bounded = box and action_space.is_bounded() and (action_space.low < action_space.high).all()
-    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
+    if not (box and bounded(action_space)) and not isinstance(action_space, gym.spaces.Discrete):
         raise Failure(f"actions must be Discrete or a bounded Box of floating-point numbers, not {action_space}")
+
+
+def bounded(space: gym.spaces.Box) -> bool:
+    """Whether the bounds of all actions are numbers, and apart, in single precision, too."""
+    with np.errstate(over="ignore"):
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return bool(np.isfinite(high - low).all() and (low < high).all())
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -276,8 +291,11 @@ def load_function(name: str | None) -> Callable | None:
         sys.path.append(os.getcwd())
     try:
         module, function = name.split(":")
-        return getattr(importlib.import_module(module), function)
-    except (ValueError, ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
 
@@ -326,7 +344,7 @@ class Episode:
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
         """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
-            obs, reward, terminated, truncated, self.info = self.env.step(action)
+            obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
             self.take(obs)
             if not math.isfinite(reward):
                 raise ValueError(f"reward is {reward}")
@@ -353,8 +371,8 @@ class Episode:
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-# Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N sequences, P particles of
-# a sequence, H steps, A action_size.
+# Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N rows of the data or
+# sequences, P particles of a sequence, H steps, A action_size.
 Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
 Networks = tuple[Layers, Layers, Layers]  # for dynamics, reward and termination
 
@@ -403,9 +421,9 @@ class Ensemble(nn.Module):
         """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
         size)."""
         for name in ("obs", "action", "delta", "reward"):
-            std = data[name].std(0, correction=0)
+            std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
+            getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
         # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
         # all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
@@ -476,7 +494,6 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple
 def fit(
     model: Ensemble,
     optimizer: torch.optim.Optimizer,
-    loss_fn: Callable[..., Tensor],
     data: "Buffer",
     args: Args,
     generator: torch.Generator,
@@ -503,7 +520,7 @@ def fit(
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(batch_size, dim=1):  # (E, B)
-            loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
+            loss = ensemble_loss(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -655,7 +672,7 @@ class Value(nn.Module):
         self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
         obs_std = obs.std(0, correction=0)
         self.obs_mean.copy_(obs.mean(0))
-        self.obs_std.copy_(torch.where(obs_std < 1e-6, 1.0, obs_std))
+        self.obs_std.copy_(torch.where(obs_std <= 1e-6 * obs.abs().amax(0), 1.0, obs_std))
         for _ in range(self.rounds):
             with torch.no_grad():
                 wanted = self.lambda_returns(data, gamma)
@@ -880,7 +897,7 @@ def mppi(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
         returns = score(plans)
         finite = returns[returns.isfinite()]
         if len(finite):
-            scaled = (returns - finite.max()) / (finite.std(correction=0) + 1e-6) / args.temperature
+            scaled = (returns - finite.max()) / finite.std(correction=0).clamp_min(1e-30) / args.temperature
             weight = torch.where(returns.isfinite(), scaled, -math.inf).softmax(0)
             mean = torch.einsum("n,nha->ha", weight, plans).lerp(mean, args.momentum)
     return mean[None]
@@ -894,6 +911,8 @@ def gradient(score: Callable, start: Tensor, args: Args, generator: torch.Genera
     for _ in range(args.iterations):
         with torch.enable_grad():
             returns = score(plans)
+            if not returns.requires_grad:
+                break  # functions that were given for reward and termination have no gradient
             (ascent,) = torch.autograd.grad(returns[returns.isfinite()].sum(), [plans])
         plans.grad = torch.nan_to_num(-ascent, 0.0, 0.0, 0.0)
         optimizer.step()
@@ -962,9 +981,7 @@ class Agent:
         self.value = Value(self.obs_size, self.generator) if args.terminal_value else None
         self.data = Buffer(self.obs_size, self.action_size, self.device)
         self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
-        self.loss_fn, self.imagine = ensemble_loss, imagine
-        if args.compile:
-            self.loss_fn, self.imagine = torch.compile(ensemble_loss), torch.compile(imagine)
+        self.imagine = torch.compile(imagine) if args.compile else imagine
         # Rows imagined at once: on a CPU so many that what they need stays in the cache of a core.
         self.chunk = 4096 if self.device.type == "cpu" else 2**20
         self.start: Tensor | None = None  # what the planner starts from at the next step
@@ -975,7 +992,7 @@ class Agent:
 
     def act(self, obs: Any) -> Any:
         """The first action of the plan; before `learning_starts` steps, a random one."""
-        if self.data.size < self.args.learning_starts:
+        if self.data.size < self.args.learning_starts and self.args.init_from is None:
             return self.to_env(self.random_action())
         action, self.start = self.plan(obs, self.start, self.generator)
         return action
@@ -1044,10 +1061,13 @@ class Agent:
         """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
         obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
         step = obs, action, obs + self.data.delta[start : self.data.size]
-        if self.reward_fn is not None:
-            self.data.reward[start : self.data.size] = self.reward_fn(*step)
-        if self.termination_fn is not None:
-            self.data.terminated[start : self.data.size] = self.termination_fn(*step)
+        for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
+            if function is not None:
+                found = function(*step)
+                if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
+                    shape = getattr(found, "shape", type(found).__name__)
+                    raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
+                getattr(self.data, name)[start : self.data.size] = found
 
     def update(self) -> None:
         """Trains the ensemble every `train_every` steps, after a look at how it predicted what it had not seen."""
@@ -1056,7 +1076,7 @@ class Agent:
             return
         if self.trained_on:
             self.logs |= diagnose(self.model, self.data, self.trained_on)
-        self.logs |= fit(self.model, self.optimizer, self.loss_fn, self.data, args, self.generator)
+        self.logs |= fit(self.model, self.optimizer, self.data, args, self.generator)
         if self.value is not None:
             self.logs |= self.value.fit(self.data, self.lookahead(), args.gamma, self.generator)
         self.trained_on = size
@@ -1113,7 +1133,8 @@ class Agent:
         return self.logs
 
     def init_from(self, folder: Path) -> None:
-        """Takes model and data of another run; the value is learned from the data, for the present task."""
+        """Takes model and data of another run; the value is learned from the data, for the present task. With steps to
+        learn in another environment than that run's, the data are left behind: they tell of another world."""
         source = saved_args(str(folder))
         for name in ("reward_fn", "termination_fn"):  # its data have what that function said
             if getattr(source, name) is not None and getattr(self.args, name) is None:
@@ -1130,6 +1151,9 @@ class Agent:
         self.relabel(0)
         if self.value is not None:
             self.logs |= self.value.fit(self.data, self.lookahead(), self.args.gamma, self.generator)
+        moved = (source.env_id, source.env_kwargs) != (self.args.env_id, self.args.env_kwargs)
+        if moved and self.args.total_timesteps:
+            self.data, self.trained_on, self.episode = Buffer(self.obs_size, self.action_size, self.device), 0, 0
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""

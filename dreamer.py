@@ -304,7 +304,7 @@ class Episode:
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
         """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
-            obs, reward, terminated, truncated, self.info = self.env.step(action)
+            obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
             self.take(obs)
             if not math.isfinite(reward):
                 raise ValueError(f"reward is {reward}")

@@ -34,8 +34,11 @@ ensemble is trained and the rollouts are made. What differs from that code:
 
     - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
       that an environment is all that is needed.
-    - What the ensemble predicts is standardised. A training starts with small batches, and ends after `max_updates`.
-      The hold-out set stays one for all trainings.
+    - What the ensemble predicts is standardised. While data are few, batches are small; a training ends after
+      `max_updates`. A transition is held out or not for all trainings, and only the error of the dynamics decides when
+      to stop. The rollouts grow from step to step, not from epoch to epoch.
+    - The actor and the critics begin with PyTorch's initial weights (theirs with Keras'). The MuJoCo tasks are
+      Gymnasium's v5, theirs Gym's v2.
     - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the presets of the larger MuJoCo
       tasks have the authors' values).
 
@@ -117,7 +120,7 @@ class Args:
     threads: Annotated[int, 1, 1024] = 1
     """CPU threads; two runs side by side get more done than one with two threads."""
     compile: bool = False
-    """Compile the losses with torch.compile, which changes nothing but speed and rounding; for GPUs."""
+    """Compile the losses of the policy with torch.compile, which changes nothing but speed and rounding; for GPUs."""
     eval_every: Annotated[int, 1, math.inf] = 1_000
     """Environment steps between two evaluations (greedy policy, environment of its own)."""
     eval_episodes: Annotated[int, 1, math.inf] = 5
@@ -208,6 +211,8 @@ class Args:
             raise Failure(f"--num-elites must be from 1 to {self.ensemble_size}, not {self.num_elites}")
         if len(self.weight_decay) != len(self.hidden) + 1 or not all(size >= 1 for size in self.hidden):
             raise Failure("--weight-decay needs one value more than --hidden, whose values are at least 1")
+        if not all(0 <= factor < math.inf for factor in self.weight_decay):
+            raise Failure(f"--weight-decay needs values from 0 on, not {self.weight_decay}")
         if not self.policy_hidden or not all(size >= 1 for size in self.policy_hidden):
             raise Failure("--policy-hidden needs values of at least 1")
         first, last, shortest, longest = self.rollout_schedule
@@ -302,9 +307,16 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
             f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: muzero.py, dreamer.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
-    if not (box and action_space.is_bounded() and (action_space.low < action_space.high).all()):
+    if not (box and bounded(action_space)):
         others = "for Discrete see cem_mpc.py, muzero.py, dreamer.py"
         raise Failure(f"actions must be a bounded Box of floating-point numbers, not {action_space}; {others}")
+
+
+def bounded(space: gym.spaces.Box) -> bool:
+    """Whether the bounds of all actions are numbers, and apart, in single precision, too."""
+    with np.errstate(over="ignore"):
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        return bool(np.isfinite(high - low).all() and (low < high).all())
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -315,8 +327,11 @@ def load_function(name: str | None) -> Callable | None:
         sys.path.append(os.getcwd())
     try:
         module, function = name.split(":")
-        return getattr(importlib.import_module(module), function)
-    except (ValueError, ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
 
@@ -365,7 +380,7 @@ class Episode:
     def step(self, action: Any) -> tuple[Any, float, bool, bool]:
         """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
         try:
-            obs, reward, terminated, truncated, self.info = self.env.step(action)
+            obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
             self.take(obs)
             if not math.isfinite(reward):
                 raise ValueError(f"reward is {reward}")
@@ -392,8 +407,8 @@ class Episode:
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-# Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N sequences, P particles of
-# a sequence, H steps, A action_size.
+# Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N rows of the data, A
+# action_size.
 Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
 Networks = tuple[Layers, Layers, Layers]  # for dynamics, reward and termination
 
@@ -442,9 +457,9 @@ class Ensemble(nn.Module):
         """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
         size)."""
         for name in ("obs", "action", "delta", "reward"):
-            std = data[name].std(0, correction=0)
+            std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 0.0, std))
+            getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
         # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
         # all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
@@ -515,7 +530,6 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple
 def fit(
     model: Ensemble,
     optimizer: torch.optim.Optimizer,
-    loss_fn: Callable[..., Tensor],
     data: "Buffer",
     args: Args,
     generator: torch.Generator,
@@ -542,7 +556,7 @@ def fit(
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(batch_size, dim=1):  # (E, B)
-            loss = loss_fn(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
+            loss = ensemble_loss(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -742,12 +756,12 @@ def imagined_step(
             )
             logit[rows] = model.termination_logit(after, termination)[0]
     if reward_fn is not None:
-        reward = reward_fn(obs, action, next_obs).reshape(-1, 1).float()
+        reward = reward_fn(obs, action, next_obs).reshape(len(obs), 1).float()
     # Terminations weigh more in training, so logit 0 is where one is as probable as in the data on average: a rollout
     # ends early rather than late. (Where a termination is the goal, that is the optimistic side.)
     terminated = logit > 0
     if termination_fn is not None:
-        terminated = termination_fn(obs, action, next_obs).reshape(-1, 1).bool()
+        terminated = termination_fn(obs, action, next_obs).reshape(len(obs), 1).bool()
     return next_obs, reward, terminated
 
 
@@ -771,10 +785,12 @@ def imagine(
     generator: torch.Generator,
     reward_fn: Callable | None = None,
     termination_fn: Callable | None = None,
-    chunk: int = 4096,
+    chunk: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Branched rollouts (MBPO, algorithm 2): yields, for each of `length` steps, the transitions of those rollouts from
-    obs (B, obs_size) that have not terminated before, nor reached where the ensemble disagrees too much."""
+    obs (B, obs_size) that have not terminated before, nor reached where the ensemble disagrees too much. `chunk`: rows
+    at once; None: on a CPU so many that what they need stays in the cache of a core."""
+    chunk = chunk or (4096 if obs.device.type == "cpu" else 2**20)
     for _ in range(length):
         noise = torch.randn(len(obs), actor.action_size, generator=generator, device=obs.device)
         parts = zip(obs.split(chunk), noise.split(chunk), strict=True)
@@ -819,7 +835,7 @@ class Actor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, obs_size) -> mean and log standard deviation (B, A) before the squashing."""
         for layer in self.layers:
-            obs = F.relu_(layer(obs))  # in place: there is memory traffic to save
+            obs = F.relu_(layer(obs))  # in place, which saves memory traffic
         mean, log_std = self.last(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(-20, 2)
 
@@ -919,10 +935,8 @@ class Agent:
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
         self.pool = Pool(obs_size, action_size, self.device)
         self.reward_fn, self.termination_fn = map(self.load_for_unit_actions, (args.reward_fn, args.termination_fn))
-        self.loss_fn, self.critic_loss, self.actor_loss = ensemble_loss, critic_loss, actor_loss
-        if args.compile:
-            functions = (ensemble_loss, critic_loss, actor_loss)
-            self.loss_fn, self.critic_loss, self.actor_loss = map(torch.compile, functions)
+        losses = critic_loss, actor_loss
+        self.critic_loss, self.actor_loss = map(torch.compile, losses) if args.compile else losses
         self.trained_on, self.episode, self.logs, self.losses = 0, 0, {}, {}
 
     def load_for_unit_actions(self, name: str | None) -> Callable | None:
@@ -949,14 +963,13 @@ class Agent:
     def to_env(self, action: Tensor) -> np.ndarray:
         """One action (A,) in [-1, 1] as the environment wants it."""
         space = self.action_space
-        return (
-            self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
-        )
+        values = self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype)
+        return values.clip(space.low, space.high)
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
-        """Stores one real step; whether it goes to the model's hold-out set is drawn here, once and for all."""
+        """Stores one real step; whether it goes to the model's hold-out set is drawn here."""
         action = torch.as_tensor(np.asarray(action, np.float32).reshape(-1), device=self.device)
         action = (action - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
@@ -965,16 +978,19 @@ class Agent:
         row = {"obs": before, "action": action, "reward": reward, "delta": after - before, "terminated": terminated}
         self.data.add(**row, episode=self.episode, holdout=holdout)
         self.relabel(self.data.size - 1)
-        self.episode += terminated or truncated
+        self.episode += bool(terminated or truncated)
 
     def relabel(self, start: int) -> None:
         """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
         obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
         step = obs, action, obs + self.data.delta[start : self.data.size]
-        if self.reward_fn is not None:
-            self.data.reward[start : self.data.size] = self.reward_fn(*step)
-        if self.termination_fn is not None:
-            self.data.terminated[start : self.data.size] = self.termination_fn(*step)
+        for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
+            if function is not None:
+                found = function(*step)
+                if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
+                    shape = getattr(found, "shape", type(found).__name__)
+                    raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
+                getattr(self.data, name)[start : self.data.size] = found
 
     def update(self) -> None:
         """After each environment step: the model when it is time, then the updates of the actor-critic."""
@@ -992,7 +1008,7 @@ class Agent:
         args, size, generator = self.args, self.data.size, self.generator
         if self.trained_on:
             self.logs |= diagnose(self.model, self.data, self.trained_on)
-        self.logs |= fit(self.model, self.model_optimizer, self.loss_fn, self.data, args, generator)
+        self.logs |= fit(self.model, self.model_optimizer, self.data, args, generator)
         self.trained_on = size
         length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
@@ -1074,8 +1090,7 @@ class Agent:
         self.losses = {"critic_loss": loss, "actor_loss": policy_loss, "entropy": entropy, "alpha": alpha}
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
-        """A policy (observation, info -> action) for one episode, which does not touch the agent: the mean before the
-        squashing."""
+        """A policy (observation, info -> action) for one episode, which does not touch the agent: tanh of the mean."""
 
         @torch.inference_mode()
         def policy(obs: Any, info: dict | None = None) -> Any:

@@ -174,7 +174,7 @@ def trained(data: Buffer, **fields: object) -> tuple[Ensemble, dict[str, float]]
     args = small_args(**{"hidden": (32, 32), "max_updates": 600, "model_batch_size": 32, **fields})
     model = Ensemble(OBS, ACTION, args, generator())
     optimizer = torch.optim.Adam(model.parameters(), lr=args.model_lr)
-    return model, fit(model, optimizer, ensemble_loss, data, args, generator(1))
+    return model, fit(model, optimizer, data, args, generator(1))
 
 
 def test_it_learns_a_linear_system_its_reward_and_where_it_ends():
@@ -263,15 +263,16 @@ def test_training_stops_when_nothing_gets_better():
         lambda model, batch, _: 1e-3 * cem_mpc.ensemble_losses(model, batch)[0].sum(),  # the dynamics by less than 1 %
     ],
 )
-def test_patience_is_with_the_dynamics_and_ends_at_small_steps(loss):
+def test_patience_is_with_the_dynamics_and_ends_at_small_steps(loss, monkeypatch):
     data, args = linear_data(400), small_args(hidden=(32, 32), max_updates=10_000, patience=3)
     model = Ensemble(OBS, ACTION, args, generator())
-    logs = fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), loss, data, args, generator(1))
+    monkeypatch.setattr(cem_mpc, "ensemble_loss", loss)
+    logs = fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), data, args, generator(1))
     assert logs["model/updates"] == (1 + 4) * 10  # 320 rows are 10 batches; the first epoch is better than none
 
 
 @pytest.mark.parametrize(("rows", "size"), [(30, 24), (500, 32), (2_000, 100), (6_000, 256)])
-def test_batches_grow_with_the_data(rows, size):
+def test_batches_grow_with_the_data(rows, size, monkeypatch):
     data, args, seen = linear_data(rows), small_args(hidden=(8, 8), max_updates=1, model_batch_size=256), []
 
     def loss(model: Ensemble, batch: dict[str, Tensor], decay: tuple[float, ...]) -> Tensor:
@@ -279,7 +280,8 @@ def test_batches_grow_with_the_data(rows, size):
         return ensemble_loss(model, batch, decay)
 
     model = Ensemble(OBS, ACTION, args, generator())
-    fit(model, torch.optim.Adam(model.parameters()), loss, data, args, generator(1))
+    monkeypatch.setattr(cem_mpc, "ensemble_loss", loss)
+    fit(model, torch.optim.Adam(model.parameters()), data, args, generator(1))
     assert max(seen) == size
 
 
@@ -786,6 +788,39 @@ def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch)
         cem_mpc.train(small_args(run_dir=str(tmp_path / "d"), **task | {"reward_fn": None}))
 
 
+def test_init_from_in_a_changed_world_leaves_its_data_and_is_fine_tuned_to_what_is_new(tmp_path):
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
+    task = {"init_from": str(only_run(tmp_path / "a")), "total_timesteps": 45, "env_kwargs": ("g=5.0",)}
+    args, spaces = small_args(run_dir=str(tmp_path / "b"), **task), gym.make("Pendulum-v1")
+    agent = Agent(spaces.observation_space, spaces.action_space, args)
+    old = agent.model.dynamics[0].clone()
+    assert (agent.data.size, agent.trained_on, agent.episode) == (0, 0, 0)
+    agent.act(np.zeros(3, np.float32))
+    assert agent.start is not None  # it plans, though there are no data
+    cem_mpc.train(args)
+    state = cem_mpc.read_checkpoint(only_run(tmp_path / "b") / "checkpoint.pt")["agent"]
+    assert len(state["data"]["obs"]) == 45
+    assert not torch.equal(old, state["model"]["dynamics.0"])
+    with_old_data = Agent(spaces.observation_space, spaces.action_space, dataclasses.replace(args, env_kwargs=()))
+    assert with_old_data.data.size == 80
+
+
+@pytest.mark.parametrize("name", ["reward_fn", "termination_fn"])
+@pytest.mark.parametrize("function", [lambda o, a, n: o, lambda o, a, n: o.sum(1, True), lambda o, a, n: 1.0])
+def test_functions_that_give_no_number_for_each_row_are_refused(name, function):
+    agent = Agent(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (1,)), small_args())
+    setattr(agent, name, function)
+    with pytest.raises(cem_mpc.Failure, match="one number for each row"):
+        agent.observe(np.zeros(3), np.zeros(1), 0.0, np.zeros(3), False)
+
+
+def test_gradient_without_a_gradient_returns_one_of_its_sequences():
+    plans = cem_mpc.gradient(
+        lambda plans: torch.arange(len(plans)).float(), torch.zeros(1, 3, 2), small_args(), generator()
+    )
+    assert plans.shape == (1, 3, 2)
+
+
 def test_init_from_a_run_that_has_not_learned_is_refused(tmp_path):
     cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=5))
     source = str(only_run(tmp_path / "a"))
@@ -824,11 +859,18 @@ def test_every_planner_and_kind_of_action_runs_through(fields, tmp_path):
     assert math.isfinite(cem_mpc.train(short)["eval_return_mean"])
 
 
-def test_compiled_it_does_the_same(tmp_path):
-    pytest.importorskip("torch._inductor")
-    model, batch = small_model(), batch_of(6)
-    compiled = torch.compile(ensemble_loss, backend="eager")
-    torch.testing.assert_close(compiled(model, batch, (0.1, 0.2, 0.3)), ensemble_loss(model, batch, (0.1, 0.2, 0.3)))
+@pytest.mark.slow
+def test_compiled_it_plans_the_same():
+    torch._dynamo.reset()
+    plain, compiled = (
+        Agent(gym.spaces.Box(-1, 1, (OBS,)), gym.spaces.Box(-1, 1, (ACTION,)), args)
+        for args in (small_args(population=20, horizon=4), small_args(population=20, horizon=4, compile=True))
+    )
+    obs, plans = torch.ones(OBS), torch.rand(20, 4, ACTION, generator=generator())
+    with torch.inference_mode():
+        networks = plain.model.select(plain.model.elites)
+        wanted, found = (agent.score(networks, obs, plans, generator()) for agent in (plain, compiled))
+    torch.testing.assert_close(found, wanted)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------

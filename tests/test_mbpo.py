@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cem_mpc
 import mbpo
 from mbpo import Actor, Agent, Args, Critic, Pool, actor_loss, critic_loss, imagine, imagined_step, rollout_length
 
@@ -444,3 +445,47 @@ def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_pat
         pytest.importorskip("mujoco")
     args = Args(env_id=env_id, run_dir=str(tmp_path), **mbpo.PRESETS.get(env_id, {}))
     assert mbpo.train(args)["eval_return_mean"] >= wanted
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same_from_trainings_of_several_sizes(tmp_path):
+    """With all of torch.compile: the ensemble's batches grow with the data, and once broke the compiled loss."""
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        args = small_args(compile=compiled, total_timesteps=130, eval_episodes=1, run_dir=str(tmp_path / str(compiled)))
+        found.append(mbpo.train(args)["eval_return_mean"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.4e38, 3.4e38), (1e9, 1e9 + 1), (-1e300, 1e300), (1, 1 + 1e-9)])
+@pytest.mark.parametrize("script", [mbpo, cem_mpc])
+def test_action_bounds_that_single_precision_does_not_hold_are_refused(script, low, high):
+    box = gym.spaces.Box(low, high, (1,), np.float64)
+    with pytest.raises(script.Failure, match="bounded Box"):
+        script.check_spaces(gym.spaces.Box(-1, 1, (2,)), box)
+
+
+def test_a_reward_for_the_whole_batch_is_an_error_and_is_not_spread_over_its_rows():
+    agent = small_agent()
+    obs, action = torch.zeros(5, agent.data.obs.shape[1]), torch.zeros(5, agent.actor.action_size)
+    for function in (lambda obs, action, next_obs: obs.sum(), lambda obs, action, next_obs: obs.sum()[None]):
+        with pytest.raises(RuntimeError, match="shape"):
+            mbpo.imagined_step(agent.model, obs, action, generator(), function, None, 100)
+
+
+def test_what_an_own_loop_with_booleans_of_numpy_leaves_can_be_loaded(tmp_path):
+    agent = small_agent()
+    row = np.zeros(agent.data.obs.shape[1], np.float32)
+    agent.observe(row, agent.to_env(torch.zeros(agent.actor.action_size)), 1.0, row, np.bool_(True), np.bool_(False))
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    assert torch.load(tmp_path / "agent.pt", weights_only=True)["counts"] == [0, 1]
+
+
+def test_small_numbers_are_no_constants():
+    agent = small_agent()
+    data = {name: torch.randn(50, getattr(agent.model, f"{name}_std").shape[0]) for name in ("obs", "action", "delta")}
+    data |= {"reward": torch.full((50, 1), 123.456), "terminated": torch.zeros(50, 1)}
+    agent.model.set_scale(data | {"delta": 1e-8 * data["delta"]})
+    assert (agent.model.delta_std > 1e-9).all()
+    assert agent.model.reward_std.item() == 0

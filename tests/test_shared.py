@@ -75,7 +75,7 @@ VECTORS, IMAGES = ["cem_mpc", "mbpo", "muzero"], ["muzero", "dreamer"]
 TABULAR_BLOCKS = ["Maze", "DYNA_MAZE", "table_key", "random_argmax", "draw_grid", "train"]
 ENSEMBLE = ["cem_mpc", "mbpo"]
 ENSEMBLE_BLOCKS = ["Layers", "Networks", "mlp", "Ensemble", "ensemble_losses", "ensemble_loss", "fit", "diagnose"]
-ENSEMBLE_BLOCKS += ["Buffer", "load_function"]
+ENSEMBLE_BLOCKS += ["Buffer", "load_function", "bounded", "train"]
 LITTLE = {"total_timesteps": 500, "eval_episodes": 2}
 SMALL = ["--total-timesteps", "600", "--eval-every", "300", "--checkpoint-every", "200", "--eval-episodes", "2"]
 
@@ -552,6 +552,22 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
         assert "not a run folder" in refuses("--resume", run)
     args.write_text(text.replace(f'"script": "{script.__name__}"', '"script": "other"').replace('"gamma"', '"other"'))
     assert "written by other.py" in refuses("--evaluate", run)
+
+
+def test_an_environment_may_change_the_action_that_it_is_given(script):
+    class Halves(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action: np.ndarray) -> tuple:
+            action *= 0.5
+            return np.asarray(action, np.float32), 0.0, False, False, {}
+
+    episode, action = script.Episode(Halves(), 1), np.ones(1, np.float32)
+    assert episode.step(action)[0] == 0.5
+    assert (action, episode.actions) == (1, [1])
 
 
 def test_the_memory_of_an_environment_is_not_shared_with_it(script):
