@@ -698,7 +698,7 @@ class Value(nn.Module):
 # Buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class Buffer:
-    """All transitions, in tensors that double when they are full."""
+    """D: all real transitions, in tensors that double when they are full."""
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = 0
@@ -985,7 +985,7 @@ class Agent:
         # Rows imagined at once: on a CPU so many that what they need stays in the cache of a core.
         self.chunk = 4096 if self.device.type == "cpu" else 2**20
         self.start: Tensor | None = None  # what the planner starts from at the next step
-        self.trained_on, self.episode, self.logs = 0, 0, {}
+        self.trained_at, self.episode, self.logs = 0, 0, {}
         begun = args.resume and any((Path(args.resume) / f"{kind}{CHECKPOINT}").exists() for kind in ("", "previous."))
         if args.init_from and not (begun or args.evaluate):
             self.init_from(Path(args.init_from))
@@ -1072,14 +1072,14 @@ class Agent:
     def update(self) -> None:
         """Trains the ensemble every `train_every` steps, after a look at how it predicted what it had not seen."""
         args, size = self.args, self.data.size
-        if size < args.learning_starts or (self.trained_on and size - self.trained_on < args.train_every):
+        if size < args.learning_starts or (self.trained_at and size - self.trained_at < args.train_every):
             return
-        if self.trained_on:
-            self.logs |= diagnose(self.model, self.data, self.trained_on)
+        if self.trained_at:
+            self.logs |= diagnose(self.model, self.data, self.trained_at)
         self.logs |= fit(self.model, self.optimizer, self.data, args, self.generator)
         if self.value is not None:
             self.logs |= self.value.fit(self.data, self.lookahead(), args.gamma, self.generator)
-        self.trained_on = size
+        self.trained_at = size
 
     def foresee(self, state: Tensor, action: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """States (B, obs_size) and Discrete actions (B,) -> what one of the elites expects: next states (B, obs_size),
@@ -1147,13 +1147,13 @@ class Agent:
             self.data.load_state_dict(state["data"])
         except Exception as error:
             raise Failure(f"cannot start from {folder}: {type(error).__name__}: {error}") from error
-        self.trained_on, self.episode = state["counts"][0], int(self.data.episode[self.data.size - 1]) + 1
+        self.trained_at, self.episode = state["counts"][0], int(self.data.episode[self.data.size - 1]) + 1
         self.relabel(0)
         if self.value is not None:
             self.logs |= self.value.fit(self.data, self.lookahead(), self.args.gamma, self.generator)
         moved = (source.env_id, source.env_kwargs) != (self.args.env_id, self.args.env_kwargs)
         if moved and self.args.total_timesteps:
-            self.data, self.trained_on, self.episode = Buffer(self.obs_size, self.action_size, self.device), 0, 0
+            self.data, self.trained_at, self.episode = Buffer(self.obs_size, self.action_size, self.device), 0, 0
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
@@ -1164,7 +1164,7 @@ class Agent:
             "data": self.data.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "start": self.start,
-            "counts": [self.trained_on, self.episode],
+            "counts": [self.trained_at, self.episode],
             "logs": self.logs,
         }
 
@@ -1178,7 +1178,7 @@ class Agent:
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.start = None if state["start"] is None else state["start"].to(self.device)
-        (self.trained_on, self.episode), self.logs = state["counts"], state["logs"]
+        (self.trained_at, self.episode), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:

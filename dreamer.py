@@ -1194,7 +1194,7 @@ class Agent:
         rows = self.replay.latest("vector")
         mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
         self.mean = torch.from_numpy(np.where(self.observer.numbers, mean, 0)).float()
-        self.std = torch.from_numpy(np.where(self.observer.numbers & (std > 1e-6), std, 1)).float()
+        self.std = torch.from_numpy(np.where(self.observer.numbers & (std > 1e-6 * np.abs(mean)), std, 1)).float()
         self.measured = self.steps
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@
 """MBPO: learn from short rollouts of a learned model as if they were real.
 
 An ensemble of neural networks learns from every real step what comes next. From states that were really visited it
-imagines what the present policy would do there, only a few steps ahead, so that its errors do not add up. A soft
+imagines what the current policy would do there, only a few steps ahead, so that its errors do not add up. A soft
 actor-critic learns from these imagined transitions, which are far more numerous than the real ones.
 
 The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy Optimization", algorithm 2):
@@ -22,15 +22,15 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
         Take an action by the policy; add the step to D_env
         every `train_every` steps:
             Train the ensemble p_theta on D_env by maximum likelihood
-            for M rollouts:
+            for M rollouts (`rollouts`; k: `rollout_schedule`):
                 Sample s_t uniformly from D_env
                 Perform a k-step rollout from s_t with the policy and p_theta; add it to D_model
         for G gradient updates (`updates_per_step`):
             Update the policy on D_model (and a few transitions of D_env)
 
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
-algorithm 1). This is algorithm 2 of the paper as the authors' code, jannerm/mbpo, arranges it: every 250 steps the
-ensemble is trained and the rollouts are made. What differs from that code:
+algorithm 1). The order is that of the authors' code, jannerm/mbpo: every 250 steps the ensemble is trained and the
+rollouts are made. What differs from that code:
 
     - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
       that an environment is all that is needed.
@@ -631,7 +631,7 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 # Buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class Buffer:
-    """All transitions, in tensors that double when they are full."""
+    """D: all real transitions, in tensors that double when they are full."""
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = 0
@@ -678,7 +678,7 @@ class Buffer:
 
 
 class Pool:
-    """Imagined transitions: a ring in which new ones replace the oldest."""
+    """D_model: imagined transitions, a ring in which new ones replace the oldest."""
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = self.position = 0
@@ -937,7 +937,7 @@ class Agent:
         self.reward_fn, self.termination_fn = map(self.load_for_unit_actions, (args.reward_fn, args.termination_fn))
         losses = critic_loss, actor_loss
         self.critic_loss, self.actor_loss = map(torch.compile, losses) if args.compile else losses
-        self.trained_on, self.episode, self.logs, self.losses = 0, 0, {}, {}
+        self.trained_at, self.episode, self.logs, self.losses = 0, 0, {}, {}
 
     def load_for_unit_actions(self, name: str | None) -> Callable | None:
         """The function of that name, for actions in [-1, 1]."""
@@ -997,7 +997,7 @@ class Agent:
         args, size = self.args, self.data.size
         if size < args.learning_starts:
             return
-        if self.has_model and (not self.trained_on or size - self.trained_on >= args.train_every):
+        if self.has_model and (not self.trained_at or size - self.trained_at >= args.train_every):
             self.train_model()
         batches = self.batches(args.updates_per_step)
         for index in range(args.updates_per_step):
@@ -1006,10 +1006,10 @@ class Agent:
     def train_model(self) -> None:
         """Trains the ensemble, after a look at how it predicted what it had not seen, and fills the pool."""
         args, size, generator = self.args, self.data.size, self.generator
-        if self.trained_on:
-            self.logs |= diagnose(self.model, self.data, self.trained_on)
+        if self.trained_at:
+            self.logs |= diagnose(self.model, self.data, self.trained_at)
         self.logs |= fit(self.model, self.model_optimizer, self.data, args, generator)
-        self.trained_on = size
+        self.trained_at = size
         length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
         obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
@@ -1114,7 +1114,7 @@ class Agent:
             "data": self.data.state_dict(),
             "pool": self.pool.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
-            "counts": [self.trained_on, self.episode],
+            "counts": [self.trained_at, self.episode],
             "logs": self.logs,
         }
 
@@ -1128,7 +1128,7 @@ class Agent:
             optimizer.load_state_dict(saved)
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
-        (self.trained_on, self.episode), self.logs = state["counts"], state["logs"]
+        (self.trained_at, self.episode), self.logs = state["counts"], state["logs"]
 
 
 def find_device(name: str) -> torch.device:

@@ -1287,7 +1287,8 @@ class Agent:
         self.value_range, self.measured = float(np.ptp(values)), self.replay.added
         if self.standardises:
             mean, std = (reduce(columns["obs"][:used], axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
-            self.mean, self.std = mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
+            std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # numbers that have not changed so far
+            self.mean, self.std = mean.astype(np.float32), std.astype(np.float32)
 
     def update(self) -> None:
         """Searches old positions again and makes updates, as many as the steps so far allow."""

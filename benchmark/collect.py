@@ -76,12 +76,20 @@ def rows_of(suite: Suite, run: Path) -> list[list[str]]:
 
 
 def times_of(run: Path, wall_seconds: float) -> list[list[str]]:
-    """Environment steps and seconds since the start of each evaluation of a run. For a run that was interrupted, which
-    took `wall_seconds` without the pauses, they are right at the end and else an estimate."""
-    first = min(event.wall_time for path in run.glob("events.*") for event in LegacyEventFileLoader(str(path)).Load())
+    """Environment steps and seconds since the start of each evaluation of a run. One that was interrupted took
+    `wall_seconds` without its pauses: what is too much is taken from the longest waits between two events."""
+    files = sorted(run.glob("events.*"))
+    clock = np.array([event.wall_time for path in files for event in LegacyEventFileLoader(str(path)).Load()])
+    waits = np.diff(clock, prepend=clock[0]).clip(min=0)
+    usual = np.median(waits)
+    for index in waits.argsort()[::-1]:
+        pause = min(waits[index] - usual, waits.sum() - wall_seconds)
+        if pause <= 0:
+            break
+        waits[index] -= pause
     (points,) = read_scalars(run, "eval/episodic_return")
-    share = wall_seconds / max(points[-1][2] - first, 1e-9)
-    return [[str(step), f"{(time - first) * min(share, 1.0):.1f}"] for step, _, time in points]
+    passed = waits.cumsum()[clock.searchsorted([time for _, _, time in points])]
+    return [[str(step), f"{seconds:.1f}"] for (step, _, _), seconds in zip(points, passed, strict=True)]
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[list]) -> None:

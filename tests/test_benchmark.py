@@ -19,6 +19,9 @@ import torch
 from conftest import ROOT, start, tiny_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import cem_mpc
 import muzero
@@ -332,6 +335,16 @@ def test_errors_of_a_model(tmp_path: Path):
     assert groups[-1][1] == pytest.approx(most.mean().sqrt().item(), rel=1e-4)
     mean_square = np.mean([error**2 for _, error in groups])  # all groups are equally large
     assert mean_square == pytest.approx(torch.cat(one_step).mean().item(), rel=1e-4)
+
+
+def test_minutes_of_an_interrupted_run_are_without_its_pauses(tmp_path: Path):
+    with open(tmp_path / "events.out.tfevents.0", "wb") as file:
+        writer = RecordWriter(file)
+        for step, time in enumerate((0, 10, 20, 30, 1_030, 1_040, 1_050)):  # stopped for 990 seconds after 30
+            summary = Summary(value=[Summary.Value(tag="eval/episodic_return", simple_value=1.0)] if step % 2 else [])
+            writer.write(Event(wall_time=5_000 + time, step=step, summary=summary).SerializeToString())
+    assert collect.times_of(tmp_path, 60.0) == [["1", "10.0"], ["3", "30.0"], ["5", "50.0"]]
+    assert collect.times_of(tmp_path, 1_050.0) == [["1", "10.0"], ["3", "30.0"], ["5", "1040.0"]]
 
 
 class Slope(gym.Env):

@@ -588,7 +588,7 @@ def test_the_first_row_is_always_one_to_train_on():
         agent, _ = pendulum_agent(0, seed=seed, holdout_ratio=0.9, learning_starts=1)
         agent.observe(np.zeros(3), np.zeros(1), 0.0, np.ones(3), False)
         agent.update()
-        assert agent.trained_on == 1
+        assert agent.trained_at == 1
 
 
 def test_given_functions_relabel_what_is_stored():
@@ -794,7 +794,7 @@ def test_init_from_in_a_changed_world_leaves_its_data_and_is_fine_tuned_to_what_
     args, spaces = small_args(run_dir=str(tmp_path / "b"), **task), gym.make("Pendulum-v1")
     agent = Agent(spaces.observation_space, spaces.action_space, args)
     old = agent.model.dynamics[0].clone()
-    assert (agent.data.size, agent.trained_on, agent.episode) == (0, 0, 0)
+    assert (agent.data.size, agent.trained_at, agent.episode) == (0, 0, 0)
     agent.act(np.zeros(3, np.float32))
     assert agent.start is not None  # it plans, though there are no data
     cem_mpc.train(args)

@@ -346,13 +346,13 @@ def test_where_a_rollout_terminates():
 
 def test_nothing_is_learned_before_the_model_and_its_rollouts():
     agent, calls = small_agent(29, learning_starts=30, updates_per_step=2), []
-    agent.update_policy = lambda batch: calls.append((agent.trained_on, agent.pool.size))
+    agent.update_policy = lambda batch: calls.append((agent.trained_at, agent.pool.size))
     agent.update()
     assert calls == []
     agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
     agent.update()
     assert len(calls) == 2
-    assert all(trained_on == 30 and size > 0 for trained_on, size in calls)
+    assert all(trained_at == 30 and size > 0 for trained_at, size in calls)
 
 
 @pytest.mark.parametrize(("ratio", "real"), [(0.05, 12), (0.0, 0), (0.5, 128), (1.0, 256)])
