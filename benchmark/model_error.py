@@ -1,5 +1,5 @@
-"""How far the ensemble of a run of `cem_mpc.py` can be trusted, on episodes that it has not been trained on: five by
-its own plans, and five by random actions, which lead to where it has seen less.
+"""How far the ensemble of a run of `cem_mpc.py` can be trusted, on episodes that it has not been trained on: some by
+its own plans, and as many by random actions, which lead to where it has seen less.
 """
 
 import copy
@@ -17,7 +17,7 @@ PLANNED_STEPS = (1, 2, 5, 10, 15, 20, 25)
 Episode = tuple[Tensor, Tensor]  # obs (T + 1, obs_size), action (T, action_size)
 
 
-def fresh_episodes(run: Path, count: int = 5) -> tuple[cem_mpc.Agent, list[Episode]]:
+def fresh_episodes(run: Path, count: int) -> tuple[cem_mpc.Agent, list[Episode]]:
     """The agent of a run, and episodes of it: `count` by its plans and as many by random actions."""
     args = cem_mpc.saved_args(str(run))
     env = cem_mpc.make_env(args)
@@ -48,7 +48,7 @@ def predictions(agent: cem_mpc.Agent, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def error_by_steps(run: Path, episodes: int = 5) -> list[tuple[float, float]]:
+def error_by_steps(run: Path, episodes: int = 3) -> list[tuple[float, float]]:
     """(k, error after k steps): root mean square over dimensions, members and starts, in standard deviations of the
     observation."""
     agent, found = fresh_episodes(run, episodes)
@@ -64,7 +64,7 @@ def error_by_steps(run: Path, episodes: int = 5) -> list[tuple[float, float]]:
 
 
 @torch.inference_mode()
-def error_by_disagreement(run: Path, episodes: int = 5, groups: int = 10) -> list[tuple[float, float]]:
+def error_by_disagreement(run: Path, episodes: int = 3, groups: int = 10) -> list[tuple[float, float]]:
     """(n, error of one step in the n-th of `groups` equal groups of steps, ordered by the disagreement of the elites):
     root mean square, in standard deviations of a step's change."""
     agent, found = fresh_episodes(run, episodes)
@@ -80,7 +80,7 @@ def error_by_disagreement(run: Path, episodes: int = 5, groups: int = 10) -> lis
 
 
 @torch.inference_mode()
-def optimism_by_steps(run: Path, episodes: int = 5, every: int = 10) -> list[tuple[float, float]]:
+def optimism_by_steps(run: Path, episodes: int = 2, every: int = 10) -> list[tuple[float, float]]:
     """(k, by how much the model overestimates the discounted return of the first k steps of its plans): at every
     `every`-th step of its own episodes a copy of the environment carries out the plan as it is. A model is exploited
     where this is far above 0: the search has then picked the model's errors."""
