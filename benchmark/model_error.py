@@ -17,15 +17,20 @@ PLANNED_STEPS = (1, 2, 5, 10, 15, 20, 25)
 Episode = tuple[Tensor, Tensor]  # obs (T + 1, obs_size), action (T, action_size)
 
 
-def fresh_episodes(run: Path, count: int) -> tuple[cem_mpc.Agent, list[Episode]]:
-    """The agent of a run, and episodes of it: `count` by its plans and as many by random actions."""
+def agent_of(run: Path) -> tuple[cem_mpc.Agent, cem_mpc.Episode]:
+    """The agent of a run, and its environment with a new episode."""
     args = cem_mpc.saved_args(str(run))
     env = cem_mpc.make_env(args)
     agent = cem_mpc.Agent(env.observation_space, env.action_space, args)
     agent.load_state_dict(cem_mpc.read_checkpoint(run / cem_mpc.CHECKPOINT)["agent"])
-    episode, found = cem_mpc.Episode(env, args.seed, 4), []  # purpose 4: nothing in the script has it
+    return agent, cem_mpc.Episode(env, args.seed, 4)  # purpose 4: nothing in the script has it
+
+
+def fresh_episodes(run: Path, count: int) -> tuple[cem_mpc.Agent, list[Episode]]:
+    """The agent of a run, and episodes of it: `count` by its plans and as many by random actions."""
+    (agent, episode), found = agent_of(run), []
     for index in range(2 * count):
-        policy = agent.greedy_policy(cem_mpc.seed_of(args.seed, 4, index))
+        policy = agent.greedy_policy(cem_mpc.seed_of(agent.args.seed, 4, index))
         observations, actions, done = [episode.obs], [], False
         while not done:
             action = policy(episode.obs, episode.info) if index < count else agent.to_env(agent.random_action())
@@ -84,11 +89,8 @@ def optimism_by_steps(run: Path, episodes: int = 2, every: int = 10) -> list[tup
     """(k, by how much the model overestimates the discounted return of the first k steps of its plans): at every
     `every`-th step of its own episodes a copy of the environment carries out the plan as it is. A model is exploited
     where this is far above 0: the search has then picked the model's errors."""
-    args = cem_mpc.saved_args(str(run))
-    env = cem_mpc.make_env(args)
-    agent = cem_mpc.Agent(env.observation_space, env.action_space, args)
-    agent.load_state_dict(cem_mpc.read_checkpoint(run / cem_mpc.CHECKPOINT)["agent"])
-    episode = cem_mpc.Episode(env, args.seed, 4)
+    agent, episode = agent_of(run)
+    args = agent.args
     generator = torch.Generator(agent.device).manual_seed(cem_mpc.seed_of(args.seed, 4))
     networks, groups = agent.model.select(agent.model.elites), len(agent.model.elites)
     found: dict[int, list[float]] = {steps: [] for steps in PLANNED_STEPS if steps <= args.horizon}
@@ -98,7 +100,7 @@ def optimism_by_steps(run: Path, episodes: int = 2, every: int = 10) -> list[tup
             action, start = agent.plan(episode.obs, start, generator)
             if len(episode.actions) % every == 0:
                 plan = [action, *map(agent.to_env, start[0, :-1])]
-                real = returns_of(copy.deepcopy(env), plan, args.gamma)
+                real = returns_of(copy.deepcopy(episode.env), plan, args.gamma)
                 obs = torch.tensor(episode.obs, dtype=torch.float32).reshape(-1)
                 actions = torch.tensor(np.stack(plan), dtype=torch.float32).reshape(1, len(plan), -1)
                 for steps in found:
