@@ -191,7 +191,8 @@ def check_ranges(args: Any) -> None:
         if get_origin(kind) is Annotated:
             low, high = kind.__metadata__
             if not low <= (value := getattr(args, name)) <= high:
-                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise Failure(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +253,8 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     known = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
     if unknown := [part for part in parts if not isinstance(part, known)]:
         raise Failure(
-            f"observations must be Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them, not {unknown[0]}"
+            f"observations must be Box, Discrete, MultiDiscrete, MultiBinary or a Dict of them, not {unknown[0]}; "
+            "Tuple: dyna_q.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
     if not (box and action_space.is_bounded()) and not isinstance(action_space, gym.spaces.Discrete):
@@ -1525,6 +1527,8 @@ class Run:
         offset = self.restore() if args.resume or args.evaluate else 0
         if args.resume and args.total_timesteps < self.step:
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
+        if args.resume:
+            print(f"resumed at step {self.step} of {args.total_timesteps}")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1550,6 +1554,7 @@ class Run:
 
         def stop(number: int, _: Any) -> None:
             caught.append(number)
+            os.write(2, b"\nstopping after this step, and the evaluation if one is due; once more: at once\n")
             signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
 
         if threading.current_thread() is threading.main_thread():
@@ -1718,6 +1723,7 @@ def main() -> None:
         print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{SCRIPT}.py: stopped at once; --resume goes back to the run's last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

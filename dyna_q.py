@@ -134,7 +134,8 @@ def check_ranges(args: Any) -> None:
         if get_origin(kind) is Annotated:
             low, high = kind.__metadata__
             if not low <= (value := getattr(args, name)) <= high:
-                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise Failure(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +264,7 @@ def table_key(space: gym.Space) -> Callable[[Any], Hashable]:
         return lambda obs: (np.asarray(obs, space.dtype) + space.dtype.type(0)).tobytes()  # + 0 turns -0.0 into 0.0
     raise Failure(
         "observations must be Discrete, MultiDiscrete, MultiBinary, a Tuple of them or a small bounded Box, not "
-        f"{space}; see muzero.py, dreamer.py, cem_mpc.py, mbpo.py"
+        f"{space}; vectors: cem_mpc.py, mbpo.py, muzero.py, dreamer.py; images: the last two; Dict: dreamer.py"
     )
 
 
@@ -472,7 +473,7 @@ class Agent:
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         if not isinstance(action_space, gym.spaces.Discrete):
             raise Failure(
-                f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py, mbpo.py, dreamer.py"
+                f"actions must be Discrete, not {action_space}; a bounded Box: cem_mpc.py, mbpo.py, dreamer.py"
             )
         self.args, self.key = args, table_key(observation_space)
         self.first_action, self.num_actions = int(action_space.start), int(action_space.n)
@@ -684,6 +685,8 @@ class Run:
         offset = self.restore() if args.resume or args.evaluate else 0
         if args.resume and args.total_timesteps < self.step:
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
+        if args.resume:
+            print(f"resumed at step {self.step} of {args.total_timesteps}")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -709,6 +712,7 @@ class Run:
 
         def stop(number: int, _: Any) -> None:
             caught.append(number)
+            os.write(2, b"\nstopping after this step, and the evaluation if one is due; once more: at once\n")
             signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
 
         if threading.current_thread() is threading.main_thread():
@@ -857,6 +861,10 @@ def train(args: Args) -> dict:
         next_obs, reward, terminated, truncated = episode.step(action)  # (c)
         agent.observe(obs, action, reward, next_obs, terminated, truncated)  # (d) and (e)
         agent.update()  # (f)
+        if step == 1_000 and len(agent.q) > 500:
+            tqdm.write(
+                f"{len(agent.q)} different observations in 1,000 steps: a table learns from what comes back only"
+            )
         if terminated or truncated:
             run.log_episode(step, episode)
             episode.reset()
@@ -874,6 +882,7 @@ def main() -> None:
         print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{SCRIPT}.py: stopped at once; --resume goes back to the run's last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

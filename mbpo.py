@@ -152,7 +152,7 @@ class Args:
     """Step size of Adam for actor, critics and temperature."""
     policy_hidden: tuple[int, ...] = (256, 256)
     """Units of each hidden layer of actor and critics."""
-    tau: Annotated[float, 0, 1] = 0.02
+    tau: Annotated[float, 1e-9, 1] = 0.02
     """Step of the target critics towards the critics at every update (Polyak averaging; MBPO: 0.005). Values need about
     1 / tau / (1 - gamma) updates until they are right: 5,000 here."""
     target_entropy: float | None = None
@@ -259,7 +259,8 @@ def check_ranges(args: Any) -> None:
         if get_origin(kind) is Annotated:
             low, high = kind.__metadata__
             if not low <= (value := getattr(args, name)) <= high:
-                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise Failure(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,11 +305,12 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
         raise Failure(
-            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; others: muzero.py, dreamer.py"
+            f"observations must be a Box of up to 1,000 numbers, not {observation_space}; images: muzero.py, "
+            "dreamer.py; Dict: dreamer.py; finite ones: dyna_q.py"
         )
     box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
     if not (box and bounded(action_space)):
-        others = "for Discrete see cem_mpc.py, muzero.py, dreamer.py"
+        others = "Discrete: cem_mpc.py, muzero.py, dreamer.py"
         raise Failure(f"actions must be a bounded Box of floating-point numbers, not {action_space}; {others}")
 
 
@@ -326,7 +328,7 @@ def load_function(name: str | None) -> Callable | None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        module, function = name.split(":")
+        module, _, function = name.partition(":")
         found = getattr(importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{function} is no function")
@@ -986,7 +988,10 @@ class Agent:
         step = obs, action, obs + self.data.delta[start : self.data.size]
         for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
             if function is not None:
-                found = function(*step)
+                try:
+                    found = function(*step)
+                except Exception as error:
+                    raise Failure(f"the function for {name}: {type(error).__name__}: {error}") from error
                 if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
                     shape = getattr(found, "shape", type(found).__name__)
                     raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
@@ -1247,6 +1252,8 @@ class Run:
         offset = self.restore() if args.resume or args.evaluate else 0
         if args.resume and args.total_timesteps < self.step:
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
+        if args.resume:
+            print(f"resumed at step {self.step} of {args.total_timesteps}")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1272,6 +1279,7 @@ class Run:
 
         def stop(number: int, _: Any) -> None:
             caught.append(number)
+            os.write(2, b"\nstopping after this step, and the evaluation if one is due; once more: at once\n")
             signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
 
         if threading.current_thread() is threading.main_thread():
@@ -1435,6 +1443,7 @@ def main() -> None:
         print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{SCRIPT}.py: stopped at once; --resume goes back to the run's last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -266,7 +266,8 @@ def check_ranges(args: Any) -> None:
         if get_origin(kind) is Annotated:
             low, high = kind.__metadata__
             if not low <= (value := getattr(args, name)) <= high:
-                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise Failure(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,10 +326,10 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     if not box and not isinstance(observation_space, gym.spaces.Discrete):
         raise Failure(
             "observations must be Discrete, an image (height, width, channels) or a Box of up to 1,000 numbers, not "
-            f"{observation_space}; others: dreamer.py, dyna_q.py"
+            f"{observation_space}; Dict: dreamer.py; Tuple: dyna_q.py"
         )
     if not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be Discrete, not {action_space}; for a Box see cem_mpc.py, mbpo.py, dreamer.py")
+        raise Failure(f"actions must be Discrete, not {action_space}; a bounded Box: cem_mpc.py, mbpo.py, dreamer.py")
     if too_many := [space for space in (observation_space, action_space) if getattr(space, "n", 0) > 10_000]:
         raise Failure(f"{too_many[0]} has more than 10,000 elements")
 
@@ -1507,6 +1508,8 @@ class Run:
         offset = self.restore() if args.resume or args.evaluate else 0
         if args.resume and args.total_timesteps < self.step:
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
+        if args.resume:
+            print(f"resumed at step {self.step} of {args.total_timesteps}")
         if not args.evaluate:
             self.path.mkdir(parents=True, exist_ok=True)
             saved, now = self.path / "args.json", provenance()
@@ -1532,6 +1535,7 @@ class Run:
 
         def stop(number: int, _: Any) -> None:
             caught.append(number)
+            os.write(2, b"\nstopping after this step, and the evaluation if one is due; once more: at once\n")
             signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
 
         if threading.current_thread() is threading.main_thread():
@@ -1743,6 +1747,7 @@ def main() -> None:
         print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{SCRIPT}.py: stopped at once; --resume goes back to the run's last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

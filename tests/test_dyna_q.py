@@ -457,3 +457,9 @@ def test_many_planning_updates_are_drawn_for_a_step_at_a_time():
     agent = trained(n_planning=5_000, total_timesteps=30)
     assert len(agent.planner.draws) <= 100_000
     assert len(trained(n_planning=200_000, total_timesteps=2).planner.draws) == 0
+
+
+@pytest.mark.parametrize(("env_id", "told"), [("MountainCar-v0", True), ("Taxi-v4", False)])
+def test_it_tells_where_observations_do_not_come_back(env_id, told, tmp_path, capsys):
+    dyna_q.train(Args(env_id, total_timesteps=1_001, eval_episodes=1, run_dir=str(tmp_path)))
+    assert ("a table learns from what comes back only" in capsys.readouterr().out) == told

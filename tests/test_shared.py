@@ -105,10 +105,8 @@ BLOCKS += [([*TABULAR, *ENSEMBLE, "dreamer"], name) for name in ("make_eval_envs
 @pytest.mark.parametrize(("scripts", "name"), BLOCKS)
 def test_shared_blocks_are_equal_word_for_word(scripts, name):
     texts = {source(importlib.import_module(script), name) for script in scripts}
-    if name == "seed_of":  # its docstring lists the purposes, of which scripts have different ones
-        texts = {re.sub('""".*"""', "", text, flags=re.DOTALL) for text in texts}
-    if name == "train":  # its docstring names the algorithm
-        texts = {text.replace("Dyna-Q+", "Dyna-Q") for text in texts}
+    if name in ("seed_of", "train"):  # their docstrings list the purposes, and name the algorithm
+        texts = {re.sub('""".*?"""', "", text, flags=re.DOTALL) for text in texts}
     assert len(texts) == 1
 
 
@@ -390,7 +388,7 @@ BAD_ARGS = {
         ("--env-id Taxi-v3", "Taxi-v4"),
         ("--env-kwargs slippery", "name=value, not slippery"),
         ("--env-kwargs nonsense=1", "nonsense"),
-        ("--total-timesteps -1", "--total-timesteps must be from 0"),
+        ("--total-timesteps -1", "--total-timesteps must be at least 0"),
         ("--seed -1", "--seed must be"),
         ("--eval-every 0", "--eval-every must be"),
         ("--eval-episodes 0", "--eval-episodes must be"),
@@ -405,7 +403,7 @@ BAD_ARGS = {
     ],
     "dyna_q dyna_q_plus": [
         ("--env-id Pendulum-v1", "Discrete.*cem_mpc.py"),
-        ("--env-id CartPole-v1", "finitely many.*muzero.py"),
+        ("--env-id CartPole-v1", "small bounded Box, not .*muzero.py"),
         ("--alpha 0", "--alpha must be from"),
         ("--alpha nan", "--alpha must be from"),
         ("--epsilon -0.1", "--epsilon must be"),
@@ -432,7 +430,7 @@ BAD_ARGS = {
         ("--init-from /no/such/folder", "/no/such/folder is not a run folder"),
     ],
     "muzero": [
-        ("--gamma -0.5", "--gamma must be -1 where two players"),
+        ("--gamma -0.5", "--gamma must be -1 in self-play"),
         ("--eval-env-kwargs no_such_option=1", "no_such_option"),
         ("--env-id Pendulum-v1", "actions must be Discrete.*cem_mpc.py"),
         ("--env-id Blackjack-v1", "must be Discrete, an image .* not Tuple"),
@@ -447,8 +445,8 @@ BAD_ARGS = {
         ("--unroll-steps -1", "--unroll-steps must be"),
         ("--support 0", "--support must be"),
         ("--learning-rate nan", "--learning-rate must be"),
-        ("--env-id TicTacToe-v0 --env-kwargs opponent=9", "--gamma must be below 0 in self-play, and above 0"),
-        ("--env-id TicTacToe-v0 --gamma 0.99", "--gamma must be below 0 in self-play"),
+        ("--env-id TicTacToe-v0 --env-kwargs opponent=9", "--gamma must be -1 in self-play, and from 0 on with"),
+        ("--env-id TicTacToe-v0 --gamma 0.99", "--gamma must be -1 in self-play"),
     ],
     "dreamer": [
         ("--env-id Blackjack-v1", "observations must be .* not Tuple"),
