@@ -226,7 +226,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Those of Hopper-v5 and below are the authors', but for `max_updates`, which bounds the cost of a training with much
-# data; where they truncated the observation, so do the environment's options. Of these only Hopper-v5 has been run here.
+# data; where they truncated the observation, so do the environment's options. Of these only Hopper-v5 was run here.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "tau": 0.005, "keep_trainings": 4}
 MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (
