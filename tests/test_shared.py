@@ -283,10 +283,23 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_to_continue(script, tmp_pa
     run = only_run(tmp_path / "a")
     assert process.returncode == 128 + number, stderr
     assert f"python {script.__name__}.py --resume {run}" in stdout
+    assert "stopping after this step" in stderr
     assert 0 < script.read_checkpoint(run / script.CHECKPOINT)["step"] < long
     assert start(script, "--resume", run).returncode == 0
     assert start(script, *args, "--run-dir", tmp_path / "b").returncode == 0
     assert learned(script, run) == learned(script, only_run(tmp_path / "b"))
+
+
+def test_stopped_at_once_it_says_where_it_goes_on(script, monkeypatch, capsys):
+    def interrupted(args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 130
+    assert "--resume goes back to the run's last checkpoint" in capsys.readouterr().err
 
 
 def test_a_checkpoint_soon_after_resuming_knows_where_the_events_end(script, tmp_path, monkeypatch):
