@@ -8,6 +8,7 @@
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero or dreamer is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
 
+SUITE can be `every`: `all every` makes all from nothing, which takes days; `plot every` draws what has its CSV file.
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
 """
 
@@ -23,9 +24,10 @@ from .collect import collect_suite
 from .plot import plot_suite
 from .plot import report as write_report
 from .run import run_suite
-from .suites import SUITES, Incomplete, Suite
+from .suites import RESULTS, SUITES, Incomplete, Suite
 
-SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=f"One of {', '.join(SUITES)}.")]
+HELP = f"One of {', '.join(SUITES)}; or every, for all of them."
+SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=HELP)]
 SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
 SPEED |= {"muzero": speed_muzero.measure, "dreamer": speed_dreamer.measure}
 Script = Annotated[Literal[tuple(SPEED)], tyro.conf.Positional]
@@ -37,11 +39,11 @@ def fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def find_suite(name: str) -> Suite:
-    """The suite of this name; one line and exit status 2 if there is none."""
-    if name not in SUITES:
+def find_suites(name: str) -> list[Suite]:
+    """The suite of this name, or every one; one line and exit status 2 if there is none."""
+    if name not in (*SUITES, "every"):
         fail(f"there is no suite {name}; the suites are {', '.join(SUITES)}", 2)
-    return SUITES[name]
+    return list(SUITES.values()) if name == "every" else [SUITES[name]]
 
 
 def run(suite: SuiteName, workers: Workers = 2, ray: str | None = None) -> None:
@@ -50,18 +52,18 @@ def run(suite: SuiteName, workers: Workers = 2, ray: str | None = None) -> None:
     Args:
         ray: Address of a Ray cluster to make them on (`auto`: where this machine belongs to one), or `local`.
     """
-    declared = find_suite(suite)
+    declared = find_suites(suite)
     if workers < 1:
         fail(f"--workers must be at least 1, not {workers}", 2)
     if ray is None:
-        failed = run_suite(declared, workers)
+        failed = sum(run_suite(each, workers) for each in declared)
     else:
         try:
             from .cluster import run_on_cluster
         except ImportError as error:
             fail(f"--ray needs pip install ray: {error}", 2)
         try:
-            failed = run_on_cluster(declared, ray)
+            failed = sum(run_on_cluster(each, ray) for each in declared)
         except ConnectionError as error:
             fail(f"no Ray cluster at {ray}: {error}", 2)
     if failed:
@@ -71,16 +73,18 @@ def run(suite: SuiteName, workers: Workers = 2, ray: str | None = None) -> None:
 def collect(suite: SuiteName) -> None:
     """Write the CSV files of a suite from its TensorBoard events."""
     try:
-        collect_suite(find_suite(suite))
+        for each in find_suites(suite):
+            collect_suite(each)
     except Incomplete as error:
         fail(str(error), 1)
 
 
 def plot(suite: SuiteName) -> None:
-    """Draw the figure of a suite from its CSV file, and print its numbers."""
-    declared = find_suite(suite)
+    """Draw the figure of a suite from its CSV file, and print its numbers; `every`: of all that have a CSV file."""
     try:
-        plot_suite(declared)
+        for each in find_suites(suite):
+            if suite != "every" or (RESULTS / f"{each.name}.csv").exists():
+                plot_suite(each)
     except Incomplete as error:
         fail(str(error), 1)
 

@@ -474,3 +474,12 @@ def test_only_dreamer_is_measured_on_a_gpu():
     command = [sys.executable, "-m", "benchmark", "speed", "muzero", "--device", "cuda"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_every_means_all_suites():
+    from benchmark import __main__ as command
+
+    assert command.find_suites("every") == list(suites.DECLARED)
+    assert command.find_suites("taxi") == [suites.SUITES["taxi"]]
+    with pytest.raises(SystemExit):
+        command.find_suites("tax")
