@@ -1043,3 +1043,14 @@ def test_it_lands_on_the_moon(tmp_path):
     pytest.importorskip("Box2D")
     fields = {"env_id": "LunarLander-v3", **muzero.PRESETS["LunarLander-v3"], "run_dir": str(tmp_path)}
     assert muzero.train(muzero.Args(**fields, eval_episodes=20))["eval_return_mean"] >= 150
+
+
+def test_the_tree_that_an_evaluation_prints_has_all_simulations():
+    args = tiny_args(muzero, num_simulations=12)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args)
+    first, *lines = agent.tree_text(np.zeros(agent.obs_shape, np.float32), None, levels=2).splitlines()
+    assert first.startswith("search of 12 simulations: value ")
+    visits = [(len(line) - len(line.lstrip()), int(line.split()[1])) for line in lines]
+    assert sum(count for indent, count in visits if indent == 4) == 12
+    behind = [count for indent, count in visits if indent == 8]
+    assert sum(behind) == 12 - sum(indent == 4 for indent, _ in visits)  # the first visit of a child ends there
