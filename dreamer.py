@@ -931,8 +931,8 @@ def imagination_loss(
     slow_value: Tensor,
     bins: Tensor,
     percentiles: Percentiles,
-    lam: float = 0.95,
     entropy_scale: float = 3e-4,
+    lam: float = 0.95,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
@@ -1001,28 +1001,17 @@ def dreamer_loss(
     log_density, entropy = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
     with torch.no_grad():
         reward, con = two_hot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
-        slow_value = slow_critic(imagined)
+        slow_imagined, slow_real = slow_critic(imagined), slow_critic(feature)
+    critics = nets.critic(imagined), slow_imagined, nets.bins
     losses["policy"], losses["value"], returns = imagination_loss(
-        reward,
-        con,
-        log_density,
-        entropy,
-        nets.critic(imagined),
-        slow_value,
-        nets.bins,
-        percentiles,
-        entropy_scale=entropy_scale,
+        reward, con, log_density, entropy, *critics, percentiles, entropy_scale
     )
     value = nets.critic(feature)
     with torch.no_grad():
-        slow_value = slow_critic(feature)
-        bootstrap = two_hot_mean(
-            value, nets.bins
-        )  # the critic's value; where it was imagined from, the imagined return
+        bootstrap = two_hot_mean(value, nets.bins)  # its value; of states imagined from, the imagined return
         bootstrap[:, -imagination_starts:] = returns[:, 0].view(len(last), -1)
-    losses["repval"] = replay_value_loss(
-        last, terminal, batch["reward"], bootstrap, value, slow_value, nets.bins, gamma
-    )
+    critics = value, slow_real, nets.bins
+    losses["repval"] = replay_value_loss(last, terminal, batch["reward"], bootstrap, *critics, gamma)
     logs = {
         "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
         "model/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
