@@ -484,8 +484,8 @@ DECLARED = (
         name="claims/terminal_value",
         title="A value at the end of the plan against a long plan (Pendulum-v1)",
         entries=(
-            Entry("H = 5", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5"),
-            Entry("H = 5 and a value", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5 --terminal-value"),
+            Entry("H = 5", "cem_mpc.py", "Pendulum-v1", 1_000, 3, "--horizon 5"),
+            Entry("H = 5 and a value", "cem_mpc.py", "Pendulum-v1", 1_000, 3, "--horizon 5 --terminal-value"),
             Entry("H = 25", "cem_mpc.py", "Pendulum-v1", 1_000, 5, baseline=True),
         ),
         arguments="--eval-every 250",
