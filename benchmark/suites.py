@@ -468,7 +468,7 @@ DECLARED = (
         ),
         arguments="--eval-episodes 1",
         xlim=(0, 25),
-        ylim=(-10, 40),
+        ylim=(-5, 70),
         table_at=(1, 2, 5, 10, 15, 20, 25),
         **EVALUATIONS
         | {
