@@ -129,8 +129,8 @@ class Args:
 
     init_from: str | None = None
     """Run folder whose model and data to start from. With `--total-timesteps 0` this plans from a fixed data set; the
-    same model is put to another task with `--reward-fn`; in a changed environment it plans from the first step on, and
-    after `learning_starts` steps is fine-tuned to what it has seen there."""
+    same model is put to another task with `--reward-fn`; without either it goes on learning, in a changed environment
+    from old and new data together: a mean of both worlds until the new data prevail."""
     reward_fn: str | None = None
     """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned. (An
     Agent in a loop of your own can be given one as its attribute `reward_fn`.)"""
@@ -994,7 +994,7 @@ class Agent:
 
     def act(self, obs: Any) -> Any:
         """The first action of the plan; before `learning_starts` steps, a random one."""
-        if self.data.size < self.args.learning_starts and self.args.init_from is None:
+        if self.data.size < self.args.learning_starts:
             return self.to_env(self.random_action())
         action, self.start = self.plan(obs, self.start, self.generator)
         return action
@@ -1138,8 +1138,7 @@ class Agent:
         return self.logs
 
     def init_from(self, folder: Path) -> None:
-        """Takes model and data of another run; the value is learned from the data, for the present task. With steps to
-        learn in another environment than that run's, the data are left behind: they tell of another world."""
+        """Takes model and data of another run; the value is learned from the data, for the present task."""
         source = saved_args(str(folder))
         for name in ("reward_fn", "termination_fn"):  # its data have what that function said
             if getattr(source, name) is not None and getattr(self.args, name) is None:
@@ -1156,9 +1155,6 @@ class Agent:
         self.relabel(0)
         if self.value is not None:
             self.logs |= self.value.fit(self.data, self.lookahead(), self.args.gamma, self.generator)
-        moved = (source.env_id, source.env_kwargs) != (self.args.env_id, self.args.env_kwargs)
-        if moved and self.args.total_timesteps:
-            self.data, self.trained_at, self.episode = Buffer(self.obs_size, self.action_size, self.device), 0, 0
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""

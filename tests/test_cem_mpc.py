@@ -788,23 +788,6 @@ def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch)
         cem_mpc.train(small_args(run_dir=str(tmp_path / "d"), **task | {"reward_fn": None}))
 
 
-def test_init_from_in_a_changed_world_leaves_its_data_and_is_fine_tuned_to_what_is_new(tmp_path):
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
-    task = {"init_from": str(only_run(tmp_path / "a")), "total_timesteps": 45, "env_kwargs": ("g=5.0",)}
-    args, spaces = small_args(run_dir=str(tmp_path / "b"), **task), gym.make("Pendulum-v1")
-    agent = Agent(spaces.observation_space, spaces.action_space, args)
-    old = agent.model.dynamics[0].clone()
-    assert (agent.data.size, agent.trained_at, agent.episode) == (0, 0, 0)
-    agent.act(np.zeros(3, np.float32))
-    assert agent.start is not None  # it plans, though there are no data
-    cem_mpc.train(args)
-    state = cem_mpc.read_checkpoint(only_run(tmp_path / "b") / "checkpoint.pt")["agent"]
-    assert len(state["data"]["obs"]) == 45
-    assert not torch.equal(old, state["model"]["dynamics.0"])
-    with_old_data = Agent(spaces.observation_space, spaces.action_space, dataclasses.replace(args, env_kwargs=()))
-    assert with_old_data.data.size == 80
-
-
 @pytest.mark.parametrize("name", ["reward_fn", "termination_fn"])
 @pytest.mark.parametrize("function", [lambda o, a, n: o, lambda o, a, n: o.sum(1, True), lambda o, a, n: 1.0])
 def test_functions_that_give_no_number_for_each_row_are_refused(name, function):
