@@ -28,13 +28,13 @@ The algorithm (Chua et al. 2018, "Deep Reinforcement Learning in a Handful of Tr
                 Move the distribution of sequences to the best of them
             Take the first action of the mean of the distribution; add the step to D             (section 5.2)
 
-The settings are those of the authors' code, kchua/handful-of-trials, but:
+Settings come from the authors' code, kchua/handful-of-trials, or the field names theirs. What else differs:
 
     - Rewards and terminations are learned, each by networks of their own, so that an environment is all that is needed
       (the authors give functions, and inputs made for each task). Terminations are few, and none must be overlooked:
       where episodes end by chance, the networks expect it far too often.
-    - A search imagines 960 sequences for each action, counting particles, the authors' 40,000, and stops early where
-      the variance is small. Rewards are discounted.
+    - A search imagines 960 sequences for each action, counting particles; the authors' imagines 40,000, and stops early
+      where the variance is small. Rewards are discounted.
     - Targets are standardised like inputs. The ensemble is trained every 50 steps and not once a trial, with a hold-out
       set and early stopping, as in MBPO (Janner et al. 2019; code jannerm/mbpo).
     - Other planners can take the place of the cross-entropy method. `--terminal-value` adds a learned value at the end

@@ -494,7 +494,7 @@ class Agent:
     ) -> None:
         """Direct Q-learning and model learning from a real step; a truncated one keeps the value of its next state."""
         state, next_state, action = self.key(obs), self.key(next_obs), int(action) - self.first_action
-        reward, terminated = float(reward), bool(terminated)  # NumPy's numbers would slow down all that is made of them
+        reward, terminated = float(reward), bool(terminated)  # NumPy's numbers are slow, and not for JSON
         target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
         error = target - self.q[state][action]
         self.q[state][action] += self.args.alpha * error

@@ -115,7 +115,7 @@ def optimism_by_steps(run: Path, episodes: int = 2, every: int = 10) -> list[tup
 
 def returns_of(env: gym.Env, actions: list, gamma: float) -> list[float]:
     """Discounted returns of the first 1, 2, ... actions, until the episode terminates; a time limit does not count."""
-    env, found, total = env.unwrapped, [], 0.0
+    found, total = [], 0.0
     for step, action in enumerate(actions):
         _, reward, terminated, _, _ = env.step(action)
         total += gamma**step * float(reward)

@@ -73,6 +73,20 @@ MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
 PETS_PENDULUM = Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5)
 MBPO_PENDULUM = Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5)
 SB3 = "benchmark/baselines.py"
+CUMULATIVE: dict[str, Any] = {
+    "collect": "episodes",
+    "curve": "cumulative return",
+    "statistic": "mean",
+    "xlabel": "environment steps",
+    "ylabel": "cumulative reward",
+}
+SHORTCUT: dict[str, Any] = CUMULATIVE | {
+    "arguments": "--alpha 1.0 --gamma 0.95 --epsilon 0.1 --n-planning 50 --model last",
+    "xlim": (0, 6_000),
+    "ylim": (0, 400),
+    "table_at": (1_000, 2_000, 3_000, 4_000, 5_000, 6_000),
+    "vertical": (3_000, "a shortcut opens"),
+}
 EVALUATIONS: dict[str, Any] = {
     "collect": "evaluations",
     "curve": "return",
@@ -143,15 +157,11 @@ DECLARED = (
             Entry("Dyna-Q+", "dyna_q_plus.py", "BlockingMaze-v0", 3_000, 30, "--kappa 1e-4"),
         ),
         arguments="--alpha 1.0 --gamma 0.95 --epsilon 0.1 --n-planning 10 --model last",
-        collect="episodes",
-        curve="cumulative return",
-        statistic="mean",
-        xlabel="environment steps",
-        ylabel="cumulative reward",
         xlim=(0, 3_000),
         ylim=(0, 150),
         table_at=(1_000, 2_000, 3_000),
         vertical=(1_000, "the way is blocked,\na longer one opens"),
+        **CUMULATIVE,
         quoted=(
             ("*ShangtongZhang's chapter08 code, 30 runs*",),
             ("Dyna-Q", "47.5", "61.6", "88.2"),
@@ -165,16 +175,7 @@ DECLARED = (
             Entry("Dyna-Q", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, baseline=True),
             Entry("Dyna-Q+", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3"),
         ),
-        arguments="--alpha 1.0 --gamma 0.95 --epsilon 0.1 --n-planning 50 --model last",
-        collect="episodes",
-        curve="cumulative return",
-        statistic="mean",
-        xlabel="environment steps",
-        ylabel="cumulative reward",
-        xlim=(0, 6_000),
-        ylim=(0, 400),
-        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000),
-        vertical=(3_000, "a shortcut opens"),
+        **SHORTCUT,
         quoted=(
             ("*ShangtongZhang's chapter08 code, 27 runs*",),
             ("Dyna-Q", "30.0", "82.1", "137.0", "191.7", "246.3", "302.3"),
@@ -190,16 +191,7 @@ DECLARED = (
             Entry("bonus in acting", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3 --bonus-on action"),
             Entry("optimistic start", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, "--initial-q 1"),
         ),
-        arguments="--alpha 1.0 --gamma 0.95 --epsilon 0.1 --n-planning 50 --model last",
-        collect="episodes",
-        curve="cumulative return",
-        statistic="mean",
-        xlabel="environment steps",
-        ylabel="cumulative reward",
-        xlim=(0, 6_000),
-        ylim=(0, 400),
-        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000),
-        vertical=(3_000, "a shortcut opens"),
+        **SHORTCUT,
     ),
     # 0.740: the best of all 4^11 stationary policies within the 100 steps of an episode, computed from `env.P`.
     # A stochastic world, in which the book's model of the last outcome is wrong.

@@ -1045,12 +1045,13 @@ def test_it_lands_on_the_moon(tmp_path):
     assert muzero.train(muzero.Args(**fields, eval_episodes=20))["eval_return_mean"] >= 150
 
 
-def test_the_tree_that_an_evaluation_prints_has_all_simulations():
-    args = tiny_args(muzero, num_simulations=12)
+@pytest.mark.parametrize("count", [7, 12])  # with 7 some actions are tried once
+def test_the_tree_that_an_evaluation_prints_has_all_simulations(count):
+    args = tiny_args(muzero, num_simulations=count)
     agent = muzero.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args)
     first, *lines = agent.tree_text(np.zeros(agent.obs_shape, np.float32), None, levels=2).splitlines()
-    assert first.startswith("search of 12 simulations: value ")
+    assert first.startswith(f"search of {count} simulations: value ")
     visits = [(len(line) - len(line.lstrip()), int(line.split()[1])) for line in lines]
-    assert sum(count for indent, count in visits if indent == 4) == 12
-    behind = [count for indent, count in visits if indent == 8]
-    assert sum(behind) == 12 - sum(indent == 4 for indent, _ in visits)  # the first visit of a child ends there
+    assert sum(number for indent, number in visits if indent == 4) == count
+    behind = [number for indent, number in visits if indent == 8]
+    assert sum(behind) == count - sum(indent == 4 for indent, _ in visits)  # the first visit of a child ends there
