@@ -1045,7 +1045,7 @@ def test_it_lands_on_the_moon(tmp_path):
     assert muzero.train(muzero.Args(**fields, eval_episodes=20))["eval_return_mean"] >= 150
 
 
-@pytest.mark.parametrize("count", [7, 12])  # with 7 some actions are tried once
+@pytest.mark.parametrize("count", [3, 12])  # with 3 one action is tried once
 def test_the_tree_that_an_evaluation_prints_has_all_simulations(count):
     args = tiny_args(muzero, num_simulations=count)
     agent = muzero.Agent(gym.spaces.Box(-1, 1, (3,), np.float32), gym.spaces.Discrete(2), args)
