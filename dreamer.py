@@ -331,7 +331,6 @@ class Episode:
 
 
 Array = np.ndarray
-Parameters = list[nn.Parameter]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,14 +356,10 @@ def two_hot_loss(log_prob: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     """Cross-entropy (...) of log-probabilities (..., bins) to targets (...), each on the two bins beside it."""
     above = torch.searchsorted(bins, target.contiguous()).clamp(max=len(bins) - 1)  # the first bin that is not below it
     below = (above - (bins[above] > target).long()).clamp(min=0)
-    to_below, to_above = (bins[below] - target).abs(), (bins[above] - target).abs()
-    same = below == above
-    total = torch.where(same, 2.0, to_below + to_above)
-    weights = torch.where(same, 1.0, to_above) / total, torch.where(same, 1.0, to_below) / total
-    return -sum(
-        weight * log_prob.gather(-1, index[..., None]).squeeze(-1)
-        for weight, index in zip(weights, (below, above), strict=True)
-    )
+    beside = torch.stack([below, above], -1)  # (..., 2), of which each counts by the distance to the other
+    distance = (bins[beside] - target[..., None]).abs().flip(-1)
+    weight = torch.where((below == above)[..., None], 0.5, distance / distance.sum(-1, keepdim=True))
+    return -(weight * log_prob.gather(-1, beside)).sum(-1)
 
 
 def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
@@ -397,6 +392,11 @@ def straight_through(sample: Tensor, log_prob: Tensor) -> Tensor:
     return sample + (prob - prob.detach())
 
 
+def stacked(steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each step has, (B, ...), over all of them: (B, T, ...)."""
+    return [torch.stack(parts, 1) for parts in zip(*steps, strict=True)]
+
+
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL divergence (...) of latents (..., stoch, classes), summed over them."""
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
@@ -420,18 +420,11 @@ class LaProp(torch.optim.Optimizer):
     not longer than `agc` times the tensor (a length of 1e-3 at least); it is divided by its root mean square,
     then averaged. The step size rises linearly from 0 during `warmup` updates."""
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        lr: float,
-        warmup: int,
-        agc: float = 0.3,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-20,
-    ):
+    beta1, beta2, eps = 0.9, 0.999, 1e-20
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, warmup: int, agc: float = 0.3):
         super().__init__(parameters, {"lr": lr})
-        self.agc, self.warmup, self.beta1, self.beta2, self.eps = agc, warmup, beta1, beta2, eps
+        self.agc, self.warmup = agc, warmup
         for parameter in parameters:
             self.state[parameter] = {"nu": torch.zeros_like(parameter), "mu": torch.zeros_like(parameter)}
         self.done = torch.zeros((), device=parameters[0].device)  # steps; what a GPU records has no plain numbers
@@ -510,6 +503,11 @@ class NormSiLU(nn.Module):
         return F.silu(F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-4)).to(x.dtype)
 
 
+def blocked(x: Tensor, blocks: int) -> Tensor:
+    """(B, n) -> (blocks, B, n / blocks)."""
+    return x.view(len(x), blocks, -1).transpose(0, 1)
+
+
 class BlockLinear(nn.Module):
     """A linear layer of `blocks` blocks that do not see each other."""
 
@@ -566,20 +564,15 @@ class RSSM(nn.Module):
         size, like = self.size, self.norm.scale
         return Latent(like.new_zeros(count, size.deter), like.new_zeros(count, size.stoch, size.classes))
 
-    def blocked(self, x: Tensor) -> Tensor:
-        """(B, n) -> (blocks, B, n / blocks)."""
-        return x.view(len(x), self.size.blocks, -1).transpose(0, 1)
-
     def core(self, latent: Latent, action: Tensor) -> Tensor:
         """The deterministic part after an action (B, A)."""
-        action = action / action.abs().clamp(min=1).detach()
+        blocks, action = self.size.blocks, action / action.abs().clamp(min=1).detach()
         inputs = (latent.deter, latent.stoch.flatten(1), action)
         x = torch.cat([layer(x) for layer, x in zip(self.inputs, inputs, strict=True)], -1)  # (B, 3 * hidden)
-        x = torch.cat([self.blocked(latent.deter), x.expand(self.size.blocks, -1, -1)], -1)
+        x = torch.cat([blocked(latent.deter, blocks), x.expand(blocks, -1, -1)], -1)
         x = self.norm(self.dynamics(x).transpose(0, 1).flatten(1))
         # (3, B, deter): the functions of gates that are contiguous are faster on a CPU.
-        gates = self.gates(self.blocked(x)).unflatten(-1, (3, -1)).permute(2, 1, 0, 3).flatten(2)
-        reset, cand, update = gates
+        reset, cand, update = self.gates(blocked(x, blocks)).unflatten(-1, (3, -1)).permute(2, 1, 0, 3).flatten(2)
         cand, update = (reset.sigmoid() * cand).tanh(), (update - 1).sigmoid()
         return update * cand + (1 - update) * latent.deter
 
@@ -607,13 +600,12 @@ class RSSM(nn.Module):
         self, latent: Latent, action: Tensor, first: Tensor, tokens: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Tensor]:
         """The same for sequences: action (B, T, A), of which [t] is the one before observation [t]."""
-        latents, posteriors, noise = [], [], self.noise(*first.shape, generator=generator)
+        steps, noise = [], self.noise(*first.shape, generator=generator)
         for t in range(action.shape[1]):
             latent, posterior = self.observe_step(latent, action[:, t], first[:, t], tokens[:, t], noise[:, t])
-            latents.append(latent)
-            posteriors.append(posterior)
-        deter, stoch = (torch.stack(parts, 1) for parts in zip(*latents, strict=True))
-        return Latent(deter, stoch), torch.stack(posteriors, 1)
+            steps.append((*latent, posterior))
+        deter, stoch, posterior = stacked(steps)
+        return Latent(deter, stoch), posterior
 
     def imagine_step(self, latent: Latent, action: Tensor, noise: Tensor) -> Latent:
         """The state after an action, as the prior has it."""
@@ -677,9 +669,8 @@ class Encoder(nn.Module):
         if "vector" in obs:
             found.append(self.vector(obs["vector"]))
         if "image" in obs:
-            *lead, height, width, channels = obs["image"].shape
-            image = obs["image"].reshape(-1, height, width, channels).movedim(-1, 1).float() / 255 - 0.5
-            found.append(self.image(image).flatten(1).view(*lead, -1))
+            image = obs["image"].flatten(0, -4).movedim(-1, 1).float() / 255 - 0.5
+            found.append(self.image(image).flatten(1).unflatten(0, obs["image"].shape[:-3]))
         return torch.cat(found, -1)
 
 
@@ -710,11 +701,9 @@ class Decoder(nn.Module):
             found["vector"] = self.vector(latent.feature())
         if hasattr(self, "image"):
             deter, stoch = latent.deter.flatten(0, -2), latent.stoch.flatten(-2).flatten(0, -2)
-            blocks = len(self.from_deter.weight)
-            channels, height, width = self.smallest
-            # Each block has channels of its own.
-            spread = self.from_deter(deter.view(len(deter), blocks, -1).transpose(0, 1))
-            spread = spread.view(blocks, -1, height, width, channels // blocks).permute(1, 2, 3, 0, 4).flatten(3)
+            blocks, (channels, height, width) = len(self.from_deter.weight), self.smallest
+            spread = self.from_deter(blocked(deter, blocks)).view(blocks, -1, height, width, channels // blocks)
+            spread = spread.permute(1, 2, 3, 0, 4).flatten(3)  # each block has channels of its own
             x = self.norm(spread + self.from_stoch(stoch).view(-1, height, width, channels)).movedim(-1, 1)
             for layer in self.image:
                 x = layer(F.interpolate(x, scale_factor=2))
@@ -779,9 +768,6 @@ class Networks(nn.Module):
         self.con = head(feature, 1, units, 1, 1.0, generator)
         self.actor = head(feature, shapes.action * (1 if self.discrete else 2), units, 3, 0.01, generator)
         self.critic = head(feature, len(bins), units, 3, 0.0, generator)
-
-    def policy(self, feature: Tensor) -> Policy:
-        return make_policy(self.actor(feature), self.discrete)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -899,6 +885,19 @@ class Replay:
 LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
 
 
+def imagine(nets: Networks, state: Latent, horizon: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Acts H steps in the model from N states: what the heads see there (N, H + 1, ...), and the log densities and
+    entropies of the actions (N, H). Nothing of it has a gradient with respect to the world model."""
+    features, chosen = [state.feature()], []
+    for noise in nets.rssm.noise(horizon, len(state.deter), generator=generator):
+        policy = make_policy(nets.actor(features[-1]), nets.discrete)
+        with torch.no_grad():
+            state = nets.rssm.imagine_step(state, action := policy.sample(generator), noise)
+        features.append(state.feature())
+        chosen.append((policy.log_density(action), policy.entropy()))
+    return torch.stack(features, 1), *stacked(chosen)
+
+
 class Percentiles:
     """The range of returns: exponential moving averages of their 5th and 95th percentiles, which begin at 0 and are not
     bias-corrected."""
@@ -916,10 +915,8 @@ class Percentiles:
 
 def critic_loss(value: Tensor, slow_value: Tensor, returns: Tensor, bins: Tensor) -> Tensor:
     """Logits of values (N, T + 1, bins) against returns (N, T), and against the mean of the slow critic: (N, T)."""
-    log_prob = value[:, :-1].float().log_softmax(-1)
-    return sum(
-        two_hot_loss(log_prob, target, bins) for target in (returns.detach(), two_hot_mean(slow_value, bins)[:, :-1])
-    )
+    log_prob, slow = value[:, :-1].float().log_softmax(-1), two_hot_mean(slow_value, bins)[:, :-1]
+    return two_hot_loss(log_prob, returns.detach(), bins) + two_hot_loss(log_prob, slow, bins)
 
 
 def imagination_loss(
@@ -932,14 +929,13 @@ def imagination_loss(
     bins: Tensor,
     percentiles: Percentiles,
     entropy_scale: float = 3e-4,
-    lam: float = 0.95,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Actor and critic on N imagined sequences of H + 1 states: rewards that came with them and probabilities of going
     on (N, H + 1), log densities and entropies of the actions (N, H), logits of the values (N, H + 1, bins), for the
     slow critic too. Returns the losses of policy and value (N, H), and the lambda-returns (N, H)."""
     val = two_hot_mean(value.detach(), bins)
     weight = con.cumprod(1)[:, :-1]  # the head was trained on gamma * (1 - terminal): the discount is in con
-    returns = lambda_return(torch.zeros_like(con), 1 - con, reward, val, 1.0, lam)
+    returns = lambda_return(torch.zeros_like(con), 1 - con, reward, val, 1.0)
     advantage = (returns - val[:, :-1]) / percentiles.update(returns)
     policy_loss = -weight * (log_density * advantage + entropy_scale * entropy)
     return policy_loss, weight * critic_loss(value, slow_value, returns, bins), returns
@@ -988,17 +984,8 @@ def dreamer_loss(
         target = batch[name].float() / 255 if name == "image" else batch[name]
         losses[name] = ((found - target) ** 2).flatten(2).sum(2)
 
-    # Imagination; nothing of it has a gradient with respect to the world model.
     state = Latent(*(part[:, -imagination_starts:].detach().flatten(0, 1) for part in latent))
-    features, chosen = [state.feature()], []
-    for noise in nets.rssm.noise(horizon, len(state.deter), generator=generator):
-        policy = nets.policy(features[-1])
-        with torch.no_grad():
-            state = nets.rssm.imagine_step(state, action := policy.sample(generator), noise)
-        features.append(state.feature())
-        chosen.append((policy.log_density(action), policy.entropy()))
-    imagined = torch.stack(features, 1)
-    log_density, entropy = (torch.stack(parts, 1) for parts in zip(*chosen, strict=True))
+    imagined, log_density, entropy = imagine(nets, state, horizon, generator)
     with torch.no_grad():
         reward, con = two_hot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
         slow_imagined, slow_real = slow_critic(imagined), slow_critic(feature)
@@ -1314,7 +1301,7 @@ class Agent:
             else:
                 state = self.nets.rssm.imagine_step(state, action, noise)
             states.append(state)
-        found = self.nets.decoder(Latent(*(torch.stack(parts, 1) for parts in zip(*states, strict=True))))
+        found = self.nets.decoder(Latent(*stacked(states)))
         if "image" not in found:
             return batch["vector"][0].cpu().numpy(), found["vector"][0].cpu().numpy(), half
         pictures = batch["image"][0], (found["image"][0] * 255).byte()
