@@ -777,8 +777,7 @@ class Replay:
     """The latest steps of each environment as one stream over its episodes: observation, the reward that came with it,
     is_first, is_last, is_terminal, the action that was chosen there (0 at the end), and the latent state.
 
-    Sequences begin anywhere, uniformly; in addition each new chunk of `length` steps is served once, soon after it was
-    added.
+    Sequences begin anywhere, uniformly; each new chunk of `length` steps is also served once, soon after it was added.
     With a `folder`, what does not change any more is in files there. `spare` rows more than the capacity are kept, in
     which no sequence begins, so that a run that goes back to its last checkpoint finds what was there then.
     """
@@ -797,6 +796,7 @@ class Replay:
         rows = self.fixed["action"].shape[1]  # of files that were there
         self.deter = np.zeros((streams, rows, size.deter), np.float32)
         self.stoch = np.zeros((streams, rows, size.stoch), np.int16)  # which class
+        self.saved = {"deter": self.deter, "stoch": self.stoch} | ({} if folder else self.fixed)  # in checkpoints
         self.added = np.zeros(streams, np.int64)
         self.fresh: list[tuple[int, int]] = []  # stream and first row of sequences to be served once
 
@@ -863,19 +863,17 @@ class Replay:
         self.deter[where], self.stoch[where] = deter, stoch
 
     def state_dict(self) -> dict:
-        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
-        used = min(int(self.added.max(initial=0)), self.deter.shape[1])
-        for column in self.fixed.values():
-            if self.folder:
+        if self.folder:
+            for column in self.fixed.values():
                 column.flush()
-        state = {name: torch.from_numpy(column[:, :used].copy()) for name, column in columns.items()}
+        used = min(int(self.added.max()), self.deter.shape[1])
+        state = {name: torch.from_numpy(column[:, :used].copy()) for name, column in self.saved.items()}
         return state | {"added": self.added.tolist(), "fresh": self.fresh}
 
     def load_state_dict(self, state: dict) -> None:
         self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
-        columns = {"deter": self.deter, "stoch": self.stoch} | ({} if self.folder else self.fixed)
-        for name in columns.keys() & state.keys():  # an evaluation does without what is in files
-            columns[name][:, : state[name].shape[1]] = state[name].numpy()
+        for name in self.saved.keys() & state.keys():  # to act, an agent does without what is in files
+            self.saved[name][:, : state[name].shape[1]] = state[name].numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1006,8 +1004,7 @@ def dreamer_loss(
         "planner/imagined_reward": reward[:, 1:].mean(),
         "losses/entropy": entropy.mean(),
     }
-    means = {name: loss.mean() for name, loss in losses.items()}
-    return means, Latent(latent.deter.detach(), latent.stoch.detach()), logs
+    return {name: loss.mean() for name, loss in losses.items()}, latent, logs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1029,8 +1026,6 @@ class Observer:
 
     def __init__(self, space: gym.Space, image_size: int):
         self.space, self.image_size = space, image_size
-        leaves = space.values() if isinstance(space, gym.spaces.Dict) else [space]
-        self.pictures = [id(leaf) for leaf in leaves if is_picture(leaf)]
         vector, image = self.parts(space, space.sample())
         self.vector = sum(len(part) for part in vector)
         self.numbers = np.array([part.dtype != bool for part in vector for _ in part], bool)  # not choices
@@ -1049,7 +1044,7 @@ class Observer:
         if isinstance(space, gym.spaces.Dict):
             found = [self.parts(part, obs[name]) for name, part in space.items()]
             return [part for vector, _ in found for part in vector], [part for _, image in found for part in image]
-        if id(space) in self.pictures:
+        if is_picture(space):
             image = np.asarray(obs).reshape(*space.shape[:2], -1)
             if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
                 pictures = torch.from_numpy(image.copy()).movedim(-1, 0)[None].float()
@@ -1074,10 +1069,10 @@ def draw_curves(truth: Array, predicted: Array, half: int, height: int = 48, wid
     draw = ImageDraw.Draw(picture)
     draw.line([(width * half, 0), (width * half, height * count)], "lightgrey")
     for panel in range(count):
-        low = min(truth[:, panel].min(), predicted[:, panel].min())
-        scale = (height - 4) / max(truth[:, panel].max() - low, predicted[:, panel].max() - low, 1e-6)
-        for values, colour in ((truth[:, panel], "black"), (predicted[:, panel], "red")):
-            points = [(width * t, height * (panel + 1) - 2 - scale * float(y - low)) for t, y in enumerate(values)]
+        curves = np.stack([truth[:, panel], predicted[:, panel]])
+        low, scale = curves.min(), (height - 4) / max(np.ptp(curves), 1e-6)
+        for curve, colour in zip(curves, ("black", "red"), strict=True):
+            points = [(width * t, height * (panel + 1) - 2 - scale * float(y - low)) for t, y in enumerate(curve)]
             draw.line(points, colour)
     return picture
 
@@ -1149,16 +1144,13 @@ class Agent:
         # What is added between two checkpoints, twice: a row a step, and one more for each episode that ends.
         spare = 2 * (2 * math.ceil(args.checkpoint_every / args.num_envs) + 2) if args.replay_on_disk else 0
         self.replay = Replay(self.shapes, self.size, args.num_envs, rows, length, spare, folder)
-        self.latent, self.action = self.nets.rssm.initial(args.num_envs), self.zero_action(args.num_envs)
-        # Of each environment: whether an episode begins, whether one did at the last `act`, the reward that came with
-        # the present observation, and that observation.
-        self.first = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
-        self.was_first, self.rewards, self.seen = self.first, [0.0] * args.num_envs, [{} for _ in range(args.num_envs)]
+        self.latent = self.nets.rssm.initial(args.num_envs)
+        self.action = torch.zeros(args.num_envs, actions, device=self.device)
+        # Of each environment: whether an episode begins, the reward that came with the present observation, and what
+        # was seen at the last `act`.
+        self.first, self.rewards, self.seen = [True] * args.num_envs, [0.0] * args.num_envs, []
         self.mean, self.std = torch.zeros(self.shapes.vector), torch.ones(self.shapes.vector)
         self.steps, self.updates, self.measured, self.logs, self.losses = 0, 0, 0, {}, {}
-
-    def zero_action(self, count: int) -> Tensor:
-        return torch.zeros(count, self.shapes.action, device=self.device)
 
     def tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
         """Rows of the replay as the networks want them."""
@@ -1177,30 +1169,30 @@ class Agent:
 
     @torch.inference_mode()
     def follow(
-        self, rows: list[dict[str, Array]], latent: Latent, action: Tensor, first: Tensor, generator: torch.Generator
+        self, rows: list[dict[str, Any]], latent: Latent, action: Tensor, generator: torch.Generator
     ) -> tuple[Latent, Policy]:
         """The latent states after observations, and the policy there."""
         inputs = self.tensors({name: np.stack([row[name] for row in rows]) for name in rows[0]}) | latent._asdict()
         noise = self.nets.rssm.noise(len(rows), generator=generator)
-        found = self.see(inputs | {"action": action, "first": first, "noise": noise})
+        found = self.see(inputs | {"action": action, "noise": noise})
         return Latent(found["deter"], found["stoch"]), make_policy(found["policy"], self.shapes.discrete)
 
     def see_now(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """`follow` for tensors alone."""
         latent, tokens = Latent(inputs["deter"], inputs["stoch"]), self.nets.encoder(inputs)
-        latent, _ = self.nets.rssm.observe_step(latent, inputs["action"], inputs["first"], tokens, inputs["noise"])
+        latent, _ = self.nets.rssm.observe_step(latent, inputs["action"], inputs["is_first"], tokens, inputs["noise"])
         return latent._asdict() | {"policy": self.nets.actor(latent.feature())}
 
     def act_many(self, observations: list[Any], infos: list[dict | None] | None = None) -> list[Any]:
         """Actions for all environments, drawn."""
-        self.seen = [self.observer(obs) for obs in observations]
         now = slice(len(observations))  # one for `act`, though there could be more
-        latent = Latent(self.latent.deter[now], self.latent.stoch[now])
-        self.latent, policy = self.follow(self.seen, latent, self.action[now], self.first[now], self.generator)
+        firsts, latent = self.first[now], Latent(self.latent.deter[now], self.latent.stoch[now])
+        self.seen = [self.observer(obs) | {"is_first": first} for obs, first in zip(observations, firsts, strict=True)]
+        self.latent, policy = self.follow(self.seen, latent, self.action[now], self.generator)
         self.action = policy.sample(self.generator)
         if not self.shapes.discrete:
             self.action = self.action.clamp(-1, 1)
-        self.was_first, self.first = self.first[now], torch.zeros_like(self.first[now])
+        self.first = [False] * len(observations)
         return [self.to_env(action) for action in self.action]
 
     def act(self, obs: Any, info: dict | None = None) -> Any:
@@ -1227,9 +1219,8 @@ class Agent:
     ) -> None:
         """Stores one step of an environment, and the last observation where an episode ends."""
         deter, stoch = self.latent.deter[env].cpu().numpy(), self.latent.stoch[env].argmax(-1).cpu().numpy()
-        flags = {"is_first": bool(self.was_first[env]), "is_last": False, "is_terminal": False}
-        row = self.seen[env] | flags | {"action": self.action[env].cpu().numpy(), "reward": self.rewards[env]}
-        self.replay.add(env, deter, stoch, **row)
+        row = self.seen[env] | {"action": self.action[env].cpu().numpy(), "reward": self.rewards[env]}
+        self.replay.add(env, deter, stoch, **row, is_last=False, is_terminal=False)
         self.steps, self.rewards[env] = self.steps + 1, float(reward)
         if terminated or truncated:
             flags = {"is_first": False, "is_last": True, "is_terminal": terminated, "reward": float(reward)}
@@ -1273,8 +1264,8 @@ class Agent:
             for slow, parameter in zip(self.slow_critic.parameters(), self.nets.critic.parameters(), strict=True):
                 slow.lerp_(parameter, 0.02)
         logs |= {f"losses/{name}_loss": part for name, part in losses.items()}
-        found = {name: part.detach() for name, part in logs.items()}
-        return found | {"deter": latent.deter, "stoch": latent.stoch.argmax(-1)}
+        found = logs | {"deter": latent.deter, "stoch": latent.stoch.argmax(-1)}
+        return {name: part.detach() for name, part in found.items()}
 
     def aligned(self, rows: dict[str, Array]) -> tuple[dict[str, Tensor], Latent]:
         """Of sequences (B, T + 1), the latent state at the first step, and all that `dreamer_loss` wants of the others,
@@ -1315,14 +1306,12 @@ class Agent:
         if truth.ndim == 2:
             return draw_curves(truth, predicted, half)
         every = max(1, len(truth) // 16)
-        strips = [np.concatenate(list(strip[::every]), axis=1) for strip in (truth, predicted)]
+        strips = [np.concatenate(strip[::every], axis=1) for strip in (truth, predicted)]
         return Image.fromarray(np.concatenate(strips).squeeze())
 
     def film(self, path: Path) -> None:
         """Of pictures, the same as a GIF; a bar at the bottom from where on the model sees no more."""
         truth, predicted, half = self.predict_ahead()
-        if truth.ndim == 2:
-            return
         frames = np.concatenate([truth, np.pad(predicted, ((0, 0), (2, 4), (0, 0), (0, 0)))], axis=1)
         frames[half:, -3:] = 255
         scale = max(1, 192 // frames.shape[2])
@@ -1334,13 +1323,13 @@ class Agent:
         """A policy (observation, info -> action) for one episode, which does not touch the agent: the most likely
         action in each latent state."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        latent, action = self.nets.rssm.initial(1), self.zero_action(1)
-        first = torch.ones(1, dtype=torch.bool, device=self.device)
+        latent, first = self.nets.rssm.initial(1), True
+        action = torch.zeros(1, self.shapes.action, device=self.device)
 
         def policy(obs: Any, info: dict | None = None) -> Any:
             nonlocal latent, action, first
-            latent, found = self.follow([self.observer(obs)], latent, action, first, generator)
-            action, first = found.mode(), torch.zeros_like(first)
+            latent, found = self.follow([self.observer(obs) | {"is_first": first}], latent, action, generator)
+            action, first = found.mode(), False
             return self.to_env(action[0])
 
         return policy
@@ -1365,7 +1354,7 @@ class Agent:
             "replay": self.replay.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "rng": json.dumps(self.rng.bit_generator.state),
-            "now": [*self.latent, self.action, self.first],
+            "now": [*self.latent, self.action, torch.tensor(self.first)],
             "rewards": self.rewards,
             "counts": [self.steps, self.updates, self.measured],
             "logs": self.scalars(),
@@ -1380,8 +1369,8 @@ class Agent:
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.rng.bit_generator.state = json.loads(state["rng"])
-        deter, stoch, self.action, self.first = (part.to(self.device) for part in state["now"])
-        self.latent, self.rewards = Latent(deter, stoch), list(state["rewards"])
+        deter, stoch, self.action, first = (part.to(self.device) for part in state["now"])
+        self.latent, self.first, self.rewards = Latent(deter, stoch), first.tolist(), list(state["rewards"])
         (self.mean, self.std), self.logs = state["scale"], state["logs"]
         self.steps, self.updates, self.measured = state["counts"]
         self.optimizer.done.fill_(self.updates)
