@@ -45,11 +45,10 @@ Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5
              --warmup 1000 --compile                (on a GPU; batches, step size and ratio of the authors)
          python dreamer.py --help
-Expect:  CartPole-v1: a return of 475 or more (500 is the maximum) for the first time at 3,000 to 7,000 steps (5 of 5
-         seeds, 5 episodes an evaluation). It recovers from relapses: of the 224 evaluations after the first
-         success 16 are lower, and of those from 32,000 to 50,000 steps none.
-         Pendulum-v1: above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds); in 14 of the 80 evaluations
-         after that the mean is lower, mostly because one of 5 episodes fails; -101, -153, -321 after 30,000 steps.
+Expect:  CartPole-v1: a return of 475 or more (of 500) for the first time at 3,000 to 7,000 steps (5 of 5 seeds), with
+         relapses: 16 of the 224 evaluations after it are lower, of those from 32,000 to 50,000 steps none.
+         Pendulum-v1: above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds); 14 of the 80 evaluations
+         after it are lower, mostly because one of 5 episodes fails; -101, -153, -321 after 30,000 steps.
          These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs. On 2 CPU cores that five
          programs shared they took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
 """
@@ -454,7 +453,7 @@ class LaProp(torch.optim.Optimizer):
 
 
 class Size(NamedTuple):
-    """Widths of the networks."""
+    """Widths of the networks. In the sizes of the authors all follow from the first one."""
 
     deter: int  # deterministic state
     hidden: int  # layers of the state's dynamics
@@ -465,15 +464,8 @@ class Size(NamedTuple):
     blocks: int = 8  # of the recurrent weights
 
 
-SIZES = {
-    "1m": Size(512, 64, 4, 4, 64),
-    "12m": Size(2048, 256, 16, 16, 256),
-    "25m": Size(3072, 384, 24, 24, 384),
-    "50m": Size(4096, 512, 32, 32, 512),
-    "100m": Size(6144, 768, 48, 48, 768),
-    "200m": Size(8192, 1024, 64, 64, 1024),
-    "400m": Size(12288, 1536, 96, 96, 1536),
-}
+DETER = {"1m": 512, "12m": 2048, "25m": 3072, "50m": 4096, "100m": 6144, "200m": 8192, "400m": 12288}
+SIZES = {name: Size(deter, deter // 8, deter // 128, deter // 128, deter // 8) for name, deter in DETER.items()}
 
 
 def initialise(weight: Tensor, fan_in: int, scale: float, generator: torch.Generator) -> Tensor:
@@ -639,13 +631,13 @@ class Shapes(NamedTuple):
 
     def depths(self, size: Size) -> list[int]:
         """Channels after each halving of an image: 2, 3, 4 and 4 times `depth` for one of 64 x 64."""
-        stages = halvings(self.image)
+        stages = halvings(self.image[:2])
         return [size.depth * factor for factor in (*[2] * (stages - 4), 2, 3, 4, 4)[-stages:]]
 
 
-def halvings(image: tuple[int, ...]) -> int:
-    """How often a picture (height, width, channels) is halved, until its smaller side is about 4."""
-    return max(1, round(math.log2(min(image[:2]) / 4)))
+def halvings(sides: tuple[int, ...]) -> int:
+    """How often a picture (height, width) is halved, until its smaller side is about 4."""
+    return max(1, round(math.log2(min(sides) / 4)))
 
 
 class Encoder(nn.Module):
@@ -759,8 +751,7 @@ class Networks(nn.Module):
     def __init__(self, shapes: Shapes, size: Size, generator: torch.Generator):
         super().__init__()
         self.discrete, feature, units = shapes.discrete, size.deter + size.stoch * size.classes, size.units
-        bins = make_bins().to(generator.device)
-        self.register_buffer("bins", bins, persistent=False)
+        self.register_buffer("bins", bins := make_bins().to(generator.device), persistent=False)
         self.encoder = Encoder(shapes, size, generator)
         self.rssm = RSSM(self.encoder.width, shapes.action, size, generator)
         self.decoder = Decoder(shapes, size, generator)
@@ -871,7 +862,7 @@ class Replay:
         return state | {"added": self.added.tolist(), "fresh": self.fresh}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added[:], self.fresh = state["added"], [tuple(pair) for pair in state["fresh"]]
+        self.added[:], self.fresh = state["added"], list(state["fresh"])
         for name in self.saved.keys() & state.keys():  # to act, an agent does without what is in files
             self.saved[name][:, : state[name].shape[1]] = state[name].numpy()
 
@@ -1034,10 +1025,9 @@ class Observer:
         self.image = np.concatenate(image, axis=-1).shape if image else None
         if not self.vector and not self.image:
             raise Failure(f"observations of {space} hold nothing")
-        if self.image and (min(self.image[:2]) < 8 or any(side % 2 ** halvings(self.image) for side in self.image[:2])):
-            raise Failure(
-                f"pictures of {self.image[:2]} cannot be halved down to 4 x 4; take an --image-size of 8, 16, ..."
-            )
+        sides = self.image[:2] if self.image else ()
+        if sides and (min(sides) < 8 or any(side % 2 ** halvings(sides) for side in sides)):
+            raise Failure(f"pictures of {sides} cannot be halved down to 4 x 4; take an --image-size of 8, 16, ...")
 
     def parts(self, space: gym.Space, obs: Any) -> tuple[list[Array], list[Array]]:
         """The vectors and the pictures that an observation is made of."""
@@ -1064,12 +1054,11 @@ class Observer:
 
 def draw_curves(truth: Array, predicted: Array, half: int, height: int = 48, width: int = 8) -> Image.Image:
     """Numbers (T, V) over time, one panel each, up to 16 of them; a grey line where the model sees no more."""
-    count = min(truth.shape[1], 16)
-    picture = Image.new("RGB", (width * len(truth), height * count), "white")
+    panels = np.stack([truth, predicted]).transpose(2, 0, 1)[:16]  # (V, 2, T)
+    picture = Image.new("RGB", (width * len(truth), height * len(panels)), "white")
     draw = ImageDraw.Draw(picture)
-    draw.line([(width * half, 0), (width * half, height * count)], "lightgrey")
-    for panel in range(count):
-        curves = np.stack([truth[:, panel], predicted[:, panel]])
+    draw.line([(width * half, 0), (width * half, height * len(panels))], "lightgrey")
+    for panel, curves in enumerate(panels):
         low, scale = curves.min(), (height - 4) / max(np.ptp(curves), 1e-6)
         for curve, colour in zip(curves, ("black", "red"), strict=True):
             points = [(width * t, height * (panel + 1) - 2 - scale * float(y - low)) for t, y in enumerate(curve)]
@@ -1231,9 +1220,7 @@ class Agent:
         """As many updates as the steps so far allow."""
         args = self.args
         ratio = args.train_ratio / (args.batch_size * args.batch_length)
-        while self.steps >= args.learning_starts and self.updates < (self.steps - args.learning_starts) * ratio:
-            if not self.replay.starts().any():
-                return
+        while self.updates < (self.steps - args.learning_starts) * ratio and self.replay.starts().any():
             if args.standardise and self.shapes.vector and self.steps >= 1.01 * self.measured:
                 self.measure()
             self.update_once()
@@ -1242,20 +1229,19 @@ class Agent:
         """One update of everything, on sequences from the replay."""
         (stream, at), rows = self.replay.sample(self.args.batch_size, self.rng)
         batch, start = self.aligned(rows)
-        found = self.learn(batch | start._asdict())
-        self.replay.refresh((stream, at[:, 1:]), found.pop("deter").cpu().numpy(), found.pop("stoch").cpu().numpy())
-        self.losses = found
+        self.losses = self.learn(batch | start._asdict())
+        deter, stoch = (self.losses.pop(name).cpu().numpy() for name in ("deter", "stoch"))
+        self.replay.refresh((stream, at[:, 1:]), deter, stoch)
         self.updates += 1
 
     def learn_now(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`update_once` for tensors alone: what `aligned` gives -> what to log, and the states that were inferred."""
-        args = self.args
-        lengths = args.horizon, args.imagination_starts
-        settings = self.percentiles, self.generator, *lengths, args.gamma, args.entropy_scale
+        args, start = self.args, Latent(batch["deter"], batch["stoch"])
+        settings = args.horizon, args.imagination_starts, args.gamma, args.entropy_scale
+        parts = self.nets, self.slow_critic, batch, start, self.percentiles, self.generator
         # Without its cache: that would keep what was cast without a gradient, in the imagination.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            start = Latent(batch["deter"], batch["stoch"])
-            losses, latent, logs = dreamer_loss(self.nets, self.slow_critic, batch, start, *settings)
+            losses, latent, logs = dreamer_loss(*parts, *settings)
             loss = sum(LOSS_SCALES.get(name, 1.0) * part for name, part in losses.items())
         self.optimizer.zero_grad()
         loss.backward()
