@@ -1035,10 +1035,10 @@ class Observer:
             found = [self.parts(part, obs[name]) for name, part in space.items()]
             return [part for vector, _ in found for part in vector], [part for _, image in found for part in image]
         if is_picture(space):
-            image = np.asarray(obs).reshape(*space.shape[:2], -1)
-            if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
+            image, sides = np.asarray(obs).reshape(*space.shape[:2], -1), (self.image_size, self.image_size)
+            if self.image_size and image.shape[:2] != sides:
                 pictures = torch.from_numpy(image.copy()).movedim(-1, 0)[None].float()
-                pictures = F.interpolate(pictures, (self.image_size, self.image_size), mode="area")
+                pictures = F.interpolate(pictures, sides, mode="area")
                 image = pictures[0].movedim(0, -1).round().byte().numpy()
             return [], [image]
         if isinstance(space, gym.spaces.Box):
@@ -1286,8 +1286,7 @@ class Agent:
         return *(picture[..., shown].cpu().numpy() for picture in pictures), half
 
     def open_loop(self) -> Image.Image:
-        """What `predict_ahead` found as one picture: the truth above the prediction; of a vector's numbers
-        curves, black and red."""
+        """`predict_ahead` as one picture: the truth above the prediction; of numbers curves, black and red."""
         truth, predicted, half = self.predict_ahead()
         if truth.ndim == 2:
             return draw_curves(truth, predicted, half)
@@ -1309,8 +1308,7 @@ class Agent:
         """A policy (observation, info -> action) for one episode, which does not touch the agent: the most likely
         action in each latent state."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        latent, first = self.nets.rssm.initial(1), True
-        action = torch.zeros(1, self.shapes.action, device=self.device)
+        latent, action, first = self.nets.rssm.initial(1), torch.zeros(1, self.shapes.action, device=self.device), True
 
         def policy(obs: Any, info: dict | None = None) -> Any:
             nonlocal latent, action, first
