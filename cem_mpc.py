@@ -293,10 +293,7 @@ def load_function(name: str | None) -> Callable | None:
         sys.path.append(os.getcwd())
     try:
         module, _, function = name.partition(":")
-        found = getattr(importlib.import_module(module), function)
-        if not callable(found):
-            raise TypeError(f"{function} is no function")
-        return found
+        return getattr(importlib.import_module(module), function)
     except (ValueError, ImportError, AttributeError, TypeError) as error:
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
@@ -420,8 +417,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
-        size)."""
+        """Takes means, standard deviations and the share of terminations from columns (N, size)."""
         for name in ("obs", "action", "delta", "reward"):
             std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
@@ -440,8 +436,7 @@ class Ensemble(nn.Module):
         return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
-        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta obs;
-        row g by member g of those selected."""
+        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
         x = torch.cat([self.standardise("obs", obs), self.standardise("action", action)], dim=-1)
         mean, logvar = mlp(x, dynamics).chunk(2, dim=-1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)  # PETS, appendix A.1: soft bounds,
@@ -486,19 +481,14 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple
     reward networks have none.
     """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    weights = [*model.dynamics[::2], *model.termination[::2]]
-    factors = [*weight_decay, *[0.01] * len(model.termination[::2])]
+    factors, weights = [*weight_decay, 0.01, 0.01, 0.01], [*model.dynamics[::2], *model.termination[::2]]
     decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
     bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
     return (nll + reward_error + cross_entropy).sum() + decay + bounds
 
 
 def fit(
-    model: Ensemble,
-    optimizer: torch.optim.Optimizer,
-    data: "Buffer",
-    args: Args,
-    generator: torch.Generator,
+    model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
     """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
     weights, and so is each reward network; terminations in the hold-out set are too few to tell.
@@ -515,10 +505,10 @@ def fit(
     unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
-    networks = model.dynamics, model.reward
-    best_layers = [[layer.detach().clone() for layer in network] for network in networks]
     batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # of dynamics and reward
+    layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
+    best_layers = [layer.detach().clone() for _, layer in layers]
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(batch_size, dim=1):  # (E, B)
@@ -532,15 +522,13 @@ def fit(
             error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
             improved = error < 0.99 * best
             best = torch.where(improved, error, best)
-            for network, best_network, better in zip(networks, best_layers, improved, strict=True):
-                for layer, best_layer in zip(network, best_network, strict=True):
-                    best_layer[better] = layer[better]
+            for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
+                best_layer[improved[kind]] = layer[improved[kind]]
         stale = 0 if improved[0].any() else stale + 1
 
     with torch.no_grad():
-        for network, best_network in zip(networks, best_layers, strict=True):
-            for layer, best_layer in zip(network, best_network, strict=True):
-                layer.copy_(best_layer)
+        for (_, layer), best_layer in zip(layers, best_layers, strict=True):
+            layer.copy_(best_layer)
         losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
@@ -742,8 +730,7 @@ class Buffer:
         self.size = len(state["obs"])
         for name, value in state.items():
             column = getattr(self, name)
-            room = torch.zeros(max(0, len(column) - self.size), *column.shape[1:], dtype=column.dtype)
-            setattr(self, name, torch.cat([value.cpu(), room]).to(column.device))
+            setattr(self, name, torch.cat([value.to(column.device), column[self.size :]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
