@@ -592,16 +592,13 @@ class Lookahead(NamedTuple):
 
 class Value(nn.Module):
     """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
-    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best of some
-    random sequences of actions would bring by the model, where that is more: without it, what was done badly in good
-    states would make them look bad; and states near the real ones are learned, too, such as a way back would lead
-    through. (For a Box, the best of random actions was tried as well: it picks the errors of the model, and the agent
-    runs into what it has not seen.)
+    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best sequence
+    of a `Lookahead` brings, where that is more: or what was done badly in good states would make them look bad. (For a
+    Box this was tried as well: it picks the errors of the model, and the agent runs into what it has not seen.)
 
-    Five networks, of which the value is the mean minus two standard deviations: far from the data each says something
-    else, and what is not known must not attract. They get new weights each time: a network that has followed changing
-    targets for long judges states that it has not seen worse (Nikishin et al. 2022). What stays from the time before is
-    the mean and the deviation of the returns, the scale that the new networks begin with.
+    The value is the mean of the networks minus two standard deviations: far from the data each says something else, and
+    what is not known must not attract. They get new weights each time: a network that has followed changing targets for
+    long judges states that it has not seen worse (Nikishin et al. 2022). The scale of the returns stays.
     """
 
     networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
@@ -609,14 +606,15 @@ class Value(nn.Module):
 
     def __init__(self, obs_size: int, generator: torch.Generator):
         super().__init__()
-        for name, size in (("obs_mean", obs_size), ("obs_std", obs_size), ("return_mean", 1), ("return_std", 1)):
-            value = torch.zeros if name.endswith("mean") else torch.ones
-            self.register_buffer(name, value(size, device=generator.device))
-        self.register_buffer("most", torch.zeros(1, device=generator.device))
-        sizes = itertools.pairwise((obs_size, self.hidden, self.hidden, 1))
-        shapes = [(self.networks, *shape) for pair in sizes for shape in (pair, (1, pair[1]))]
-        layers = [torch.empty(shape, device=generator.device) for shape in shapes]
-        self.layers = nn.ParameterList(layers)
+        device = generator.device
+        for name, size in (("obs", obs_size), ("return", 1)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
+            self.register_buffer(f"{name}_std", torch.ones(size, device=device))
+        self.register_buffer("most", torch.zeros(1, device=device))  # no return is larger
+        self.layers = nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise((obs_size, self.hidden, self.hidden, 1)):
+            self.layers.append(torch.empty(self.networks, fan_in, fan_out, device=device))
+            self.layers.append(torch.empty(self.networks, 1, fan_out, device=device))
         self.reset(generator)
 
     def reset(self, generator: torch.Generator) -> None:
@@ -632,25 +630,22 @@ class Value(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
         values = self.each(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
-        mean, spread = values.mean(0), values.std(0, correction=0)
-        mean, spread = mean * self.return_std + self.return_mean, spread * self.return_std
+        mean = values.mean(0) * self.return_std + self.return_mean
+        spread = values.std(0, correction=0) * self.return_std
         return (mean.clamp(max=self.most) - 2 * spread).view(obs.shape[:-1])
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
         """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
         termination ends it; where an episode was truncated, and at the end of the data, the last term is V as well."""
-        names = ("obs", "delta", "reward", "terminated", "episode")
-        obs, delta, reward, terminated, episode = map(data.column, names)
-        next_value = self(obs + delta).tolist()
-        goes_on = [*(episode[1:] == episode[:-1])[:, 0].tolist(), False]
-        rewards, terminated = reward[:, 0].tolist(), terminated[:, 0].tolist()
-        returns = [0.0] * len(rewards)
-        for step in reversed(range(len(rewards))):
+        next_value = self(data.column("obs") + data.column("delta")).tolist()
+        reward, terminated, episode = (data.column(name)[:, 0].tolist() for name in ("reward", "terminated", "episode"))
+        returns = [0.0] * data.size
+        for step in reversed(range(data.size)):
             after = next_value[step]
-            if goes_on[step]:
+            if step + 1 < data.size and episode[step] == episode[step + 1]:
                 after = (1 - self.trace) * after + self.trace * returns[step + 1]
-            returns[step] = rewards[step] + gamma * after * (not terminated[step])
-        return torch.tensor(returns, device=obs.device)
+            returns[step] = reward[step] + gamma * after * (not terminated[step])
+        return torch.tensor(returns, device=data.obs.device)
 
     def fit(
         self, data: "Buffer", lookahead: Lookahead | None, gamma: float, generator: torch.Generator
@@ -659,7 +654,7 @@ class Value(nn.Module):
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
         obs, most = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
-        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
+        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))
         obs_std = obs.std(0, correction=0)
         self.obs_mean.copy_(obs.mean(0))
         self.obs_std.copy_(torch.where(obs_std <= 1e-6 * obs.abs().amax(0), 1.0, obs_std))
@@ -801,15 +796,15 @@ def imagine(
 
 
 def best_sequences(plans: Tensor, returns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of N sequences, and weights (count, 1, 1): 0 for a return that is no finite number, else 1."""
+    """The `count` best of N sequences, and which of them (count,) have a return that is a finite number."""
     returns, index = torch.nan_to_num(returns, nan=-math.inf, posinf=-math.inf).topk(count)
-    return plans[index], returns.isfinite().float()[:, None, None]
+    return plans[index], returns.isfinite()
 
 
-def moments(best: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (H, A) of sequences (N, H, A) with weights (N, 1, 1)."""
-    mean = (weight * best).sum(0) / weight.sum()
-    return mean, (weight * (best - mean) ** 2).sum(0) / weight.sum()
+def moments(plans: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (H, A) of sequences (N, H, A)."""
+    mean = plans.mean(0)
+    return mean, ((plans - mean) ** 2).mean(0)
 
 
 def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -834,9 +829,9 @@ def cem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) 
         std = torch.minimum(variance.sqrt(), torch.minimum(1 + mean, 1 - mean) / 2)
         noise = torch.empty(args.population, *mean.shape, device=mean.device)
         plans = mean + std * nn.init.trunc_normal_(noise, a=-2, b=2, generator=generator)
-        best, weight = best_sequences(plans, score(plans), args.num_best)
-        if weight.any():
-            best_mean, best_variance = moments(best, weight)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
+        if finite.any():
+            best_mean, best_variance = moments(best[finite])
             mean, variance = best_mean.lerp(mean, args.momentum), best_variance.lerp(variance, args.momentum)
     return mean[None]
 
@@ -868,10 +863,10 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
         plans = mean + std * coloured_noise((count, *mean.shape), args.noise_beta, generator)
         last = [mean[None]] if iteration == args.iterations - 1 else []
         plans = torch.cat([plans.clamp(-1, 1), kept, *last])
-        best, weight = best_sequences(plans, score(plans), args.num_best)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
         kept = best[: int(args.keep * args.num_best)]
-        if weight.any():
-            best_mean, best_variance = moments(best, weight)
+        if finite.any():
+            best_mean, best_variance = moments(best[finite])
             mean, std = best_mean.lerp(mean, args.momentum), best_variance.sqrt().lerp(std, args.momentum)
     return torch.cat([best[:1], mean[None], kept])
 
@@ -925,9 +920,9 @@ def cem_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Ge
     for _ in range(args.iterations):
         actions = probabilities.multinomial(args.population, replacement=True, generator=generator).T  # (N, H)
         plans = F.one_hot(actions, probabilities.shape[1]).float()
-        best, weight = best_sequences(plans, score(plans), args.num_best)
-        if weight.any():
-            probabilities = moments(best, weight)[0].lerp(probabilities, args.momentum)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
+        if finite.any():
+            probabilities = moments(best[finite])[0].lerp(probabilities, args.momentum)
     return probabilities[None]
 
 
@@ -953,17 +948,15 @@ class Agent:
             raise Failure(f"--planner {args.planner} is not for {action_space}, but one of {', '.join(planners)}")
         self.planner, self.device = planners[args.planner], find_device(args.device)
         self.obs_size = math.prod(observation_space.shape)
+        # `neutral` is a plan that says nothing, (1, 1, A).
         if self.discrete:
             self.action_size, self.first_action = int(action_space.n), int(action_space.start)
+            self.neutral = torch.full((1, 1, self.action_size), 1 / self.action_size, device=self.device)
         else:
             self.action_size, self.action_space = math.prod(action_space.shape), action_space
-            bounds = (torch.tensor(bound.reshape(-1)) for bound in (action_space.low, action_space.high))
-            low, high = (bound.float().to(self.device) for bound in bounds)
+            self.neutral = torch.zeros(1, 1, self.action_size, device=self.device)
+            low, high = self.tensor(action_space.low), self.tensor(action_space.high)
             self.middle, self.half_range = (high + low) / 2, (high - low) / 2
-        # A plan that says nothing, (1, 1, A): the middle of the action range, or probabilities that are all equal.
-        self.neutral = torch.full(
-            (1, 1, self.action_size), 1 / self.action_size if self.discrete else 0.0, device=self.device
-        )
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
         self.model = Ensemble(self.obs_size, self.action_size, args, self.generator)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
@@ -992,6 +985,10 @@ class Agent:
             return F.one_hot(self.random_actions(), self.action_size).float()
         return uniform(1, self.neutral, self.generator)[0, 0]
 
+    def tensor(self, values: Any) -> Tensor:
+        """An observation or action of the environment as one row, in single precision."""
+        return torch.as_tensor(np.asarray(values, np.float32).reshape(-1), device=self.device)
+
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Returns the action, and what to start from at the next step; `start` None: an episode begins."""
         args = self.args
@@ -999,9 +996,8 @@ class Agent:
         with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():
             if start is None:
                 start = self.neutral.expand(1, args.horizon, -1)
-            obs = torch.as_tensor(np.asarray(obs, np.float32).reshape(-1), device=self.device)
-            networks = self.model.select(self.model.elites)
-            found = self.planner(lambda plans: self.score(networks, obs, plans, generator), start, args, generator)
+            state, networks = self.tensor(obs), self.model.select(self.model.elites)
+            found = self.planner(lambda plans: self.score(networks, state, plans, generator), start, args, generator)
             start = torch.cat([found[:, 1:], self.neutral.expand(len(found), 1, -1)], dim=1)
         return self.to_env(found[0, 0]), start
 
@@ -1026,10 +1022,8 @@ class Agent:
         """One action (A,) as the environment wants it; of probabilities the most probable."""
         if self.discrete:
             return self.first_action + int(action.argmax())
-        space = self.action_space
-        return (
-            self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
-        )
+        space, values = self.action_space, self.to_env_units(action).cpu().numpy()
+        return values.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False

@@ -740,10 +740,9 @@ def imagined_step(
             delta = mean + std * noise[rows]
             after = before + delta
             next_obs[rows] = after[0]
-            reward[rows] = (
-                model.predict_reward(delta, act, after, reward_layers)[0] * model.reward_std + model.reward_mean
-            )
+            reward[rows] = model.predict_reward(delta, act, after, reward_layers)[0]
             logit[rows] = model.termination_logit(after, termination)[0]
+    reward = reward * model.reward_std + model.reward_mean
     if reward_fn is not None:
         reward = reward_fn(obs, action, next_obs).reshape(len(obs), 1).float()
     # Terminations weigh more in training, so logit 0 is where one is as probable as in the data on average: a rollout
@@ -795,9 +794,8 @@ def imagine(
         if len(obs) == 0:
             return
         next_obs, reward, terminated = imagined_step(model, obs, action, generator, reward_fn, termination_fn, chunk)
-        goes_on = 1 - terminated.float()
         rows = {"obs": obs, "action": action, "reward": reward, "next_obs": next_obs}
-        yield rows | {"goes_on": goes_on, "weight": weight}
+        yield rows | {"goes_on": 1 - terminated.float(), "weight": weight}
         obs = next_obs[~terminated[:, 0]]
 
 
@@ -905,8 +903,7 @@ class Agent:
         check_spaces(observation_space, action_space)
         self.args, self.device, self.action_space = args, find_device(args.device), action_space
         obs_size, action_size = math.prod(observation_space.shape), math.prod(action_space.shape)
-        bounds = (torch.tensor(bound.reshape(-1)) for bound in (action_space.low, action_space.high))
-        low, high = (bound.float().to(self.device) for bound in bounds)
+        low, high = self.tensor(action_space.low)[0], self.tensor(action_space.high)[0]
         self.middle, self.half_range = (high + low) / 2, (high - low) / 2
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
 
@@ -945,9 +942,9 @@ class Agent:
         with torch.inference_mode():
             return self.to_env(self.actor.sample(self.tensor(obs), noise)[0][0])
 
-    def tensor(self, obs: Any) -> Tensor:
-        """One observation of the environment as (1, obs_size)."""
-        return torch.as_tensor(np.asarray(obs, np.float32).reshape(1, -1), device=self.device)
+    def tensor(self, values: Any) -> Tensor:
+        """One observation or action of the environment as (1, size), in single precision."""
+        return torch.as_tensor(np.asarray(values, np.float32).reshape(1, -1), device=self.device)
 
     def to_env(self, action: Tensor) -> np.ndarray:
         """One action (A,) in [-1, 1] as the environment wants it."""
@@ -959,8 +956,7 @@ class Agent:
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
         """Stores one real step; whether it goes to the model's hold-out set is drawn here."""
-        action = torch.as_tensor(np.asarray(action, np.float32).reshape(-1), device=self.device)
-        action = (action - self.middle) / self.half_range
+        action = (self.tensor(action)[0] - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
@@ -1066,11 +1062,9 @@ class Agent:
         loss.backward()
         critic_optimizer.step()
 
-        # The gradient is asked for with respect to the actor alone: that of the critics' weights is not computed.
         policy_loss, entropy = self.actor_loss(self.actor, self.critics, batch["obs"], noise, alpha, generator)
-        parameters = list(self.actor.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(policy_loss, parameters), strict=True):
-            parameter.grad = gradient
+        actor_optimizer.zero_grad()
+        policy_loss.backward(inputs=list(self.actor.parameters()))  # and not the critics'
         actor_optimizer.step()
 
         self.log_alpha.grad = entropy - self.target_entropy  # of the loss log_alpha * (entropy - target)
