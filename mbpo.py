@@ -30,33 +30,31 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
 
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
 algorithm 1). The order is that of the authors' code, jannerm/mbpo: every 250 steps the ensemble is trained and the
-rollouts are made. What differs from that code:
+rollouts are made. The fields name its settings. What else differs:
 
     - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
       that an environment is all that is needed.
-    - What the ensemble predicts is standardised. While data are few, batches are small; a training ends after
-      `max_updates`. A transition is held out or not for all trainings, and only the error of the dynamics decides when
-      to stop. The rollouts grow from step to step, not from epoch to epoch.
+    - What the ensemble predicts is standardised. A transition is held out or not for all trainings, and only the error
+      of the dynamics decides when to stop.
     - The actor and the critics begin with PyTorch's initial weights (theirs with Keras'). The MuJoCo tasks are
       Gymnasium's v5, theirs Gym's v2.
-    - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the presets of the larger MuJoCo
-      tasks have the authors' values).
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  Pendulum-v1 swung up: return -136 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -141, -145, -146,
-         -149; a random policy scores about -1,200), and above -200 from step 1,000 on with the best seed, from 2,000 on
-         with the worst (evaluated every 250 steps). 5 minutes a seed on a CPU core, 10 on a busy one. Without a model
-         it takes 2.2 times the steps with one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to
-         1,500, 5 seeds): on the pendulum many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5:
-         1000, the maximum, at 2,500 and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one
-         update a step, 82 to 177 after 6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried).
-         After 5,000 steps InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 37 minutes); without a
-         model, with one update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one
-         seed tried). Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with
-         one update a step, -8.4, -7.9, -9.6. Hopper-v5 (1 seed, stopped there after some 5 hours): 1010, 435, 611, 826
-         at 10,000, 15,000, 20,000 and 25,000 steps. The authors' curve takes off after that; ours is not known there.
+Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model with one update a step, and minutes a seed
+         on a CPU core (a random policy scores about -1,200 on Pendulum-v1):
+
+    environment                 steps  MBPO                                      without a model            minutes
+    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.2 times the steps        5 to 10
+    InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000 steps   10 to 16
+    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
+    Reacher-v5                  5,000  -6.2, -5.3, -6.8                          -8.4, -7.9, -9.6           17 to 22
+    Hopper-v5                  25,000  826 (the authors' curve takes off later)  not tried                  some 300
+
+         Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
+         but no model, it takes 1,000 to 1,500 steps (5 seeds), InvertedPendulum-v5 has 1000 at 2,000 steps, and
+         InvertedDoublePendulum-v5 9359 at 1,000 (one seed each): there many updates pay, and a model adds nothing.
 """
 
 import argparse
@@ -841,13 +839,10 @@ class Critic(nn.Module):
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        sizes, device = (obs_size + action_size, *args.policy_hidden), generator.device
+        sizes, self.dropout = (obs_size + action_size, *args.policy_hidden), args.critic_dropout
         self.layers = nn.ModuleList(linear(*pair, generator) for pair in itertools.pairwise(sizes))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(size, device=device) if args.critic_layer_norm else nn.Identity()
-            for size in args.policy_hidden
-        )
-        self.dropout = args.critic_dropout
+        norm = nn.LayerNorm if args.critic_layer_norm else nn.Identity
+        self.norms = nn.ModuleList(norm(size, device=generator.device) for size in args.policy_hidden)
         self.last = linear(sizes[-1], 1, generator)
 
     def forward(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -916,7 +911,6 @@ class Agent:
         self.optimizers = [torch.optim.Adam(group, lr=args.policy_lr, fused=True) for group in groups]
         self.data = Buffer(obs_size, action_size, self.device)
 
-        self.has_model = args.real_ratio < 1
         self.model = Ensemble(*sizes)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
         self.pool = Pool(obs_size, action_size, self.device)
@@ -967,25 +961,24 @@ class Agent:
 
     def relabel(self, start: int) -> None:
         """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
-        obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
-        step = obs, action, obs + self.data.delta[start : self.data.size]
+        obs, action, delta = (self.data.column(name)[start:] for name in ("obs", "action", "delta"))
         for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
             if function is not None:
                 try:
-                    found = function(*step)
+                    found = function(obs, action, obs + delta)
                 except Exception as error:
                     raise Failure(f"the function for {name}: {type(error).__name__}: {error}") from error
                 if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
                     shape = getattr(found, "shape", type(found).__name__)
                     raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
-                getattr(self.data, name)[start : self.data.size] = found
+                self.data.column(name)[start:, 0] = found
 
     def update(self) -> None:
         """After each environment step: the model when it is time, then the updates of the actor-critic."""
         args, size = self.args, self.data.size
         if size < args.learning_starts:
             return
-        if self.has_model and (not self.trained_at or size - self.trained_at >= args.train_every):
+        if args.real_ratio < 1 and (not self.trained_at or size - self.trained_at >= args.train_every):
             self.train_model()
         batches = self.batches(args.updates_per_step)
         for index in range(args.updates_per_step):
