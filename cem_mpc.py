@@ -34,8 +34,8 @@ Settings come from the authors' code, kchua/handful-of-trials, or the field name
       (the authors give functions, and inputs made for each task). Terminations are few, and none must be overlooked:
       where episodes end by chance, the networks expect it far too often.
     - A search imagines 960 sequences for each action, counting particles, and not 40,000; it never stops early.
-    - Targets are standardised like inputs. Trainings have a hold-out set and stop early, as in MBPO (Janner et al. 2019;
-      code jannerm/mbpo).
+    - Targets are standardised like inputs. Trainings have a hold-out set and stop early, as in MBPO (Janner et al.
+      2019; code jannerm/mbpo).
     - CartPole-v1 and InvertedPendulum-v5 must be balanced for longer than a plan: `--terminal-value` adds a learned
       value at its end.
 
@@ -45,11 +45,11 @@ Run:     python cem_mpc.py
 Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores (a random
          policy scores about -1,200 on Pendulum-v1):
 
-    environment          steps  returns                                          minutes
-    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)         4 to 9
+    environment          steps  returns                                              minutes
+    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)             4 to 9
     Reacher-v5           1,000  -6.6, -7.2, -7.6, -8.1, -8.9 (mean: -7.7)
-    InvertedPendulum-v5  2,000  1000, the maximum (seeds 2, 3, 4 and 5)          23
-    CartPole-v1          3,000  500, the maximum (2, 3, 4, 5; from 1,000 on)     25
+    InvertedPendulum-v5  2,000  1000, the maximum (seeds 2, 3, 4 and 5)              23
+    CartPole-v1          3,000  500, the maximum (these seeds; at 1,000, 2,000 too)  25
 """
 
 import argparse
@@ -134,8 +134,7 @@ class Args:
     same model is put to another task with `--reward-fn`; without either it goes on learning, in a changed environment
     from old and new data together: a mean of both worlds until the new data prevail."""
     reward_fn: str | None = None
-    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned. (An
-    Agent in a loop of your own can be given one as its attribute `reward_fn`.)"""
+    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
     learning_starts: Annotated[int, 1, math.inf] = 200
@@ -1153,11 +1152,10 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("model", "optimizer", "data"):
+            getattr(self, name).load_state_dict(state[name])
         if self.value is not None:
             self.value.load_state_dict(state["value"])
-        self.data.load_state_dict(state["data"])
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.start = None if state["start"] is None else state["start"].to(self.device)

@@ -42,8 +42,8 @@ rollouts are made. The fields name its settings. What else differs:
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model with one update a step, and minutes a seed
-         on a CPU core (a random policy scores about -1,200 on Pendulum-v1):
+Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model at one update a step, minutes a seed on
+         a CPU core (a random policy scores about -1,200 on Pendulum-v1):
 
     environment                 steps  MBPO                                      without a model            minutes
     Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.2 times the steps        5 to 10
@@ -54,7 +54,7 @@ Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model 
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
          but no model, it takes 1,000 to 1,500 steps (5 seeds), InvertedPendulum-v5 has 1000 at 2,000 steps, and
-         InvertedDoublePendulum-v5 9359 at 1,000 (one seed each): there many updates pay, and a model adds nothing.
+         InvertedDoublePendulum-v5 9359 at 1,000 (one seed each): on the pendulum a model brings nothing beyond them.
 """
 
 import argparse
@@ -784,11 +784,11 @@ def imagine(
         weight = torch.ones(len(obs), 1, device=obs.device)
         if args.max_disagreement is not None or args.weigh_disagreement:
             spread = disagreement(model, obs, action, chunk)
-            if args.max_disagreement is not None:
-                trusted = (spread < args.max_disagreement)[:, 0]
-                obs, action, spread, weight = obs[trusted], action[trusted], spread[trusted], weight[trusted]
             if args.weigh_disagreement:
                 weight = 1 / (1 + spread)
+            if args.max_disagreement is not None:
+                trusted = (spread < args.max_disagreement)[:, 0]
+                obs, action, weight = obs[trusted], action[trusted], weight[trusted]
         if len(obs) == 0:
             return
         next_obs, reward, terminated = imagined_step(model, obs, action, generator, reward_fn, termination_fn, chunk)
@@ -834,8 +834,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a). With dropout and layer normalisation it is the critic of DroQ (Hiraoka et al. 2022); the actor's update
-    stays that of the soft actor-critic."""
+    """Q(s, a). With layer normalisation and dropout it is DroQ's; the actor's update stays as it is without."""
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
@@ -893,6 +892,8 @@ class Agent:
     step `act`, `env.step`, `observe`, `update`. Inside, actions are in [-1, 1], as in the authors' code: the entropy of
     actions in the environment's units differs by a constant, by which the target would have to be shifted.
     """
+
+    parts = ("model", "actor", "critics", "targets", "data", "pool")  # of a checkpoint
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check_spaces(observation_space, action_space)
@@ -994,8 +995,8 @@ class Agent:
         length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
         obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
-        made, ended, given = 0, 0.0, {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn}
-        for rows in imagine(self.model, self.actor, obs, length, args, generator, **given):
+        made, ended = 0, 0.0
+        for rows in imagine(self.model, self.actor, obs, length, args, generator, self.reward_fn, self.termination_fn):
             self.pool.add(rows | {"step": torch.full_like(rows["reward"], size)})
             made, ended = made + len(rows["obs"]), ended + (1 - rows["goes_on"]).sum().item()
         self.logs |= {
@@ -1086,12 +1087,9 @@ class Agent:
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
         self.metrics()  # so that a resumed run logs the same
-        modules = {"model": self.model, "actor": self.actor, "critics": self.critics, "targets": self.targets}
-        return {name: module.state_dict() for name, module in modules.items()} | {
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {
             "log_alpha": self.log_alpha.detach().clone(),
             "optimizers": [optimizer.state_dict() for optimizer in (*self.optimizers, self.model_optimizer)],
-            "data": self.data.state_dict(),
-            "pool": self.pool.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "counts": [self.trained_at, self.episode],
             "logs": self.logs,
@@ -1099,7 +1097,7 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        for name in ("model", "actor", "critics", "targets", "data", "pool"):
+        for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
