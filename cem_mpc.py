@@ -294,7 +294,10 @@ def load_function(name: str | None) -> Callable | None:
         sys.path.append(os.getcwd())
     try:
         module, _, function = name.partition(":")
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{function} is no function")
+        return found
     except (ValueError, ImportError, AttributeError, TypeError) as error:
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
