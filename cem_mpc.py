@@ -33,21 +33,23 @@ Settings come from the authors' code, kchua/handful-of-trials, or the field name
     - Rewards and terminations are learned, each by networks of their own, so that an environment is all that is needed
       (the authors give functions, and inputs made for each task). Terminations are few, and none must be overlooked:
       where episodes end by chance, the networks expect it far too often.
-    - A search imagines 960 sequences for each action, counting particles; the authors' imagines 40,000, and stops early
-      where the variance is small. Rewards are discounted.
-    - Targets are standardised like inputs. The ensemble is trained every 50 steps and not once a trial, with a hold-out
-      set and early stopping, as in MBPO (Janner et al. 2019; code jannerm/mbpo).
-    - Other planners can take the place of the cross-entropy method. `--terminal-value` adds a learned value at the end
-      of a plan; it is on for CartPole-v1 and InvertedPendulum-v5, which must be balanced for longer than a plan.
+    - A search imagines 960 sequences for each action, counting particles, and not 40,000; it never stops early.
+    - Targets are standardised like inputs. Trainings have a hold-out set and stop early, as in MBPO (Janner et al.
+      2019; code jannerm/mbpo).
+    - CartPole-v1 and InvertedPendulum-v5 must be balanced for longer than a plan: `--terminal-value` adds a learned
+      value at its end.
 
 Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
          python cem_mpc.py --help
-Expect:  Pendulum-v1 swung up after 1,000 steps: return -147 over 5 episodes (mean of 5 seeds: -99, -147, -153, -154,
-         -185; a random policy scores about -1,200), 4 to 9 minutes a seed on one of 2 busy CPU cores. Reacher-v5 after
-         1,000 steps: -7.7 over 20 episodes (mean of 5 seeds: -6.6, -7.2, -7.6, -8.1, -8.9). InvertedPendulum-v5: 1000
-         of 1000 after 2,000 steps (seeds 2, 3, 4 and 5), 23 minutes. CartPole-v1: 500 of 500 after 1,000, 2,000 and
-         3,000 steps (seeds 2, 3, 4 and 5), 25 minutes.
+Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores (a random
+         policy scores about -1,200 on Pendulum-v1):
+
+    environment          steps  returns                                              minutes
+    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)             4 to 9
+    Reacher-v5           1,000  -6.6, -7.2, -7.6, -8.1, -8.9 (mean: -7.7)
+    InvertedPendulum-v5  2,000  1000, the maximum (seeds 2, 3, 4 and 5)              23
+    CartPole-v1          3,000  500, the maximum (these seeds; at 1,000, 2,000 too)  25
 """
 
 import argparse
@@ -132,8 +134,7 @@ class Args:
     same model is put to another task with `--reward-fn`; without either it goes on learning, in a changed environment
     from old and new data together: a mean of both worlds until the new data prevail."""
     reward_fn: str | None = None
-    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned. (An
-    Agent in a loop of your own can be given one as its attribute `reward_fn`.)"""
+    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
     termination_fn: str | None = None
     """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
     learning_starts: Annotated[int, 1, math.inf] = 200
@@ -420,8 +421,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
-        size)."""
+        """Takes means, standard deviations and the share of terminations from columns (N, size)."""
         for name in ("obs", "action", "delta", "reward"):
             std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
@@ -440,8 +440,7 @@ class Ensemble(nn.Module):
         return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
-        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta obs;
-        row g by member g of those selected."""
+        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
         x = torch.cat([self.standardise("obs", obs), self.standardise("action", action)], dim=-1)
         mean, logvar = mlp(x, dynamics).chunk(2, dim=-1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)  # PETS, appendix A.1: soft bounds,
@@ -486,19 +485,14 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple
     reward networks have none.
     """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    weights = [*model.dynamics[::2], *model.termination[::2]]
-    factors = [*weight_decay, *[0.01] * len(model.termination[::2])]
+    factors, weights = [*weight_decay, 0.01, 0.01, 0.01], [*model.dynamics[::2], *model.termination[::2]]
     decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
     bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
     return (nll + reward_error + cross_entropy).sum() + decay + bounds
 
 
 def fit(
-    model: Ensemble,
-    optimizer: torch.optim.Optimizer,
-    data: "Buffer",
-    args: Args,
-    generator: torch.Generator,
+    model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
     """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
     weights, and so is each reward network; terminations in the hold-out set are too few to tell.
@@ -515,10 +509,10 @@ def fit(
     unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
-    networks = model.dynamics, model.reward
-    best_layers = [[layer.detach().clone() for layer in network] for network in networks]
     batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # of dynamics and reward
+    layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
+    best_layers = [layer.detach().clone() for _, layer in layers]
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(batch_size, dim=1):  # (E, B)
@@ -532,15 +526,13 @@ def fit(
             error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
             improved = error < 0.99 * best
             best = torch.where(improved, error, best)
-            for network, best_network, better in zip(networks, best_layers, improved, strict=True):
-                for layer, best_layer in zip(network, best_network, strict=True):
-                    best_layer[better] = layer[better]
+            for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
+                best_layer[improved[kind]] = layer[improved[kind]]
         stale = 0 if improved[0].any() else stale + 1
 
     with torch.no_grad():
-        for network, best_network in zip(networks, best_layers, strict=True):
-            for layer, best_layer in zip(network, best_network, strict=True):
-                layer.copy_(best_layer)
+        for (_, layer), best_layer in zip(layers, best_layers, strict=True):
+            layer.copy_(best_layer)
         losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
@@ -604,16 +596,13 @@ class Lookahead(NamedTuple):
 
 class Value(nn.Module):
     """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
-    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best of some
-    random sequences of actions would bring by the model, where that is more: without it, what was done badly in good
-    states would make them look bad; and states near the real ones are learned, too, such as a way back would lead
-    through. (For a Box, the best of random actions was tried as well: it picks the errors of the model, and the agent
-    runs into what it has not seen.)
+    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best sequence
+    of a `Lookahead` brings, where that is more: or what was done badly in good states would make them look bad. (For a
+    Box this was tried as well: it picks the errors of the model, and the agent runs into what it has not seen.)
 
-    Five networks, of which the value is the mean minus two standard deviations: far from the data each says something
-    else, and what is not known must not attract. They get new weights each time: a network that has followed changing
-    targets for long judges states that it has not seen worse (Nikishin et al. 2022). What stays from the time before is
-    the mean and the deviation of the returns, the scale that the new networks begin with.
+    The value is the mean of the networks minus two standard deviations: far from the data each says something else, and
+    what is not known must not attract. They get new weights each time: a network that has followed changing targets for
+    long judges states that it has not seen worse (Nikishin et al. 2022). The scale of the returns stays.
     """
 
     networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
@@ -621,14 +610,15 @@ class Value(nn.Module):
 
     def __init__(self, obs_size: int, generator: torch.Generator):
         super().__init__()
-        for name, size in (("obs_mean", obs_size), ("obs_std", obs_size), ("return_mean", 1), ("return_std", 1)):
-            value = torch.zeros if name.endswith("mean") else torch.ones
-            self.register_buffer(name, value(size, device=generator.device))
-        self.register_buffer("most", torch.zeros(1, device=generator.device))
-        sizes = itertools.pairwise((obs_size, self.hidden, self.hidden, 1))
-        shapes = [(self.networks, *shape) for pair in sizes for shape in (pair, (1, pair[1]))]
-        layers = [torch.empty(shape, device=generator.device) for shape in shapes]
-        self.layers = nn.ParameterList(layers)
+        device = generator.device
+        for name, size in (("obs", obs_size), ("return", 1)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
+            self.register_buffer(f"{name}_std", torch.ones(size, device=device))
+        self.register_buffer("most", torch.zeros(1, device=device))  # no return is larger
+        self.layers = nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise((obs_size, self.hidden, self.hidden, 1)):
+            self.layers.append(torch.empty(self.networks, fan_in, fan_out, device=device))
+            self.layers.append(torch.empty(self.networks, 1, fan_out, device=device))
         self.reset(generator)
 
     def reset(self, generator: torch.Generator) -> None:
@@ -644,25 +634,22 @@ class Value(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
         values = self.each(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
-        mean, spread = values.mean(0), values.std(0, correction=0)
-        mean, spread = mean * self.return_std + self.return_mean, spread * self.return_std
+        mean = values.mean(0) * self.return_std + self.return_mean
+        spread = values.std(0, correction=0) * self.return_std
         return (mean.clamp(max=self.most) - 2 * spread).view(obs.shape[:-1])
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
         """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
         termination ends it; where an episode was truncated, and at the end of the data, the last term is V as well."""
-        names = ("obs", "delta", "reward", "terminated", "episode")
-        obs, delta, reward, terminated, episode = map(data.column, names)
-        next_value = self(obs + delta).tolist()
-        goes_on = [*(episode[1:] == episode[:-1])[:, 0].tolist(), False]
-        rewards, terminated = reward[:, 0].tolist(), terminated[:, 0].tolist()
-        returns = [0.0] * len(rewards)
-        for step in reversed(range(len(rewards))):
+        next_value = self(data.column("obs") + data.column("delta")).tolist()
+        reward, terminated, episode = (data.column(name)[:, 0].tolist() for name in ("reward", "terminated", "episode"))
+        returns = [0.0] * data.size
+        for step in reversed(range(data.size)):
             after = next_value[step]
-            if goes_on[step]:
+            if step + 1 < data.size and episode[step] == episode[step + 1]:
                 after = (1 - self.trace) * after + self.trace * returns[step + 1]
-            returns[step] = rewards[step] + gamma * after * (not terminated[step])
-        return torch.tensor(returns, device=obs.device)
+            returns[step] = reward[step] + gamma * after * (not terminated[step])
+        return torch.tensor(returns, device=data.obs.device)
 
     def fit(
         self, data: "Buffer", lookahead: Lookahead | None, gamma: float, generator: torch.Generator
@@ -671,7 +658,7 @@ class Value(nn.Module):
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
         obs, most = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
-        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))  # no return is larger
+        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))
         obs_std = obs.std(0, correction=0)
         self.obs_mean.copy_(obs.mean(0))
         self.obs_std.copy_(torch.where(obs_std <= 1e-6 * obs.abs().amax(0), 1.0, obs_std))
@@ -742,8 +729,7 @@ class Buffer:
         self.size = len(state["obs"])
         for name, value in state.items():
             column = getattr(self, name)
-            room = torch.zeros(max(0, len(column) - self.size), *column.shape[1:], dtype=column.dtype)
-            setattr(self, name, torch.cat([value.cpu(), room]).to(column.device))
+            setattr(self, name, torch.cat([value.to(column.device), column[self.size :]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -814,15 +800,15 @@ def imagine(
 
 
 def best_sequences(plans: Tensor, returns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of N sequences, and weights (count, 1, 1): 0 for a return that is no finite number, else 1."""
+    """The `count` best of N sequences, and which of them (count,) have a return that is a finite number."""
     returns, index = torch.nan_to_num(returns, nan=-math.inf, posinf=-math.inf).topk(count)
-    return plans[index], returns.isfinite().float()[:, None, None]
+    return plans[index], returns.isfinite()
 
 
-def moments(best: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (H, A) of sequences (N, H, A) with weights (N, 1, 1)."""
-    mean = (weight * best).sum(0) / weight.sum()
-    return mean, (weight * (best - mean) ** 2).sum(0) / weight.sum()
+def moments(plans: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (H, A) of sequences (N, H, A)."""
+    mean = plans.mean(0)
+    return mean, ((plans - mean) ** 2).mean(0)
 
 
 def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -844,12 +830,12 @@ def cem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) 
     mean, variance = start[0], torch.full_like(start[0], 0.25)  # (range / 4)^2
     for _ in range(args.iterations):
         # At most half the distance to the nearer bound: the samples, cut at two standard deviations, stay inside.
-        std = torch.minimum(variance.sqrt(), torch.minimum(1 + mean, 1 - mean) / 2)
+        std = torch.minimum(variance.sqrt(), (1 - mean.abs()) / 2)
         noise = torch.empty(args.population, *mean.shape, device=mean.device)
         plans = mean + std * nn.init.trunc_normal_(noise, a=-2, b=2, generator=generator)
-        best, weight = best_sequences(plans, score(plans), args.num_best)
-        if weight.any():
-            best_mean, best_variance = moments(best, weight)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
+        if finite.any():
+            best_mean, best_variance = moments(best[finite])
             mean, variance = best_mean.lerp(mean, args.momentum), best_variance.lerp(variance, args.momentum)
     return mean[None]
 
@@ -881,10 +867,10 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
         plans = mean + std * coloured_noise((count, *mean.shape), args.noise_beta, generator)
         last = [mean[None]] if iteration == args.iterations - 1 else []
         plans = torch.cat([plans.clamp(-1, 1), kept, *last])
-        best, weight = best_sequences(plans, score(plans), args.num_best)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
         kept = best[: int(args.keep * args.num_best)]
-        if weight.any():
-            best_mean, best_variance = moments(best, weight)
+        if finite.any():
+            best_mean, best_variance = moments(best[finite])
             mean, std = best_mean.lerp(mean, args.momentum), best_variance.sqrt().lerp(std, args.momentum)
     return torch.cat([best[:1], mean[None], kept])
 
@@ -938,9 +924,9 @@ def cem_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Ge
     for _ in range(args.iterations):
         actions = probabilities.multinomial(args.population, replacement=True, generator=generator).T  # (N, H)
         plans = F.one_hot(actions, probabilities.shape[1]).float()
-        best, weight = best_sequences(plans, score(plans), args.num_best)
-        if weight.any():
-            probabilities = moments(best, weight)[0].lerp(probabilities, args.momentum)
+        best, finite = best_sequences(plans, score(plans), args.num_best)
+        if finite.any():
+            probabilities = moments(best[finite])[0].lerp(probabilities, args.momentum)
     return probabilities[None]
 
 
@@ -966,17 +952,15 @@ class Agent:
             raise Failure(f"--planner {args.planner} is not for {action_space}, but one of {', '.join(planners)}")
         self.planner, self.device = planners[args.planner], find_device(args.device)
         self.obs_size = math.prod(observation_space.shape)
+        # `neutral` is a plan that says nothing, (1, 1, A).
         if self.discrete:
             self.action_size, self.first_action = int(action_space.n), int(action_space.start)
+            self.neutral = torch.full((1, 1, self.action_size), 1 / self.action_size, device=self.device)
         else:
             self.action_size, self.action_space = math.prod(action_space.shape), action_space
-            bounds = (torch.tensor(bound.reshape(-1)) for bound in (action_space.low, action_space.high))
-            low, high = (bound.float().to(self.device) for bound in bounds)
+            self.neutral = torch.zeros(1, 1, self.action_size, device=self.device)
+            low, high = self.tensor(action_space.low), self.tensor(action_space.high)
             self.middle, self.half_range = (high + low) / 2, (high - low) / 2
-        # A plan that says nothing, (1, 1, A): the middle of the action range, or probabilities that are all equal.
-        self.neutral = torch.full(
-            (1, 1, self.action_size), 1 / self.action_size if self.discrete else 0.0, device=self.device
-        )
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
         self.model = Ensemble(self.obs_size, self.action_size, args, self.generator)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
@@ -1005,6 +989,10 @@ class Agent:
             return F.one_hot(self.random_actions(), self.action_size).float()
         return uniform(1, self.neutral, self.generator)[0, 0]
 
+    def tensor(self, values: Any) -> Tensor:
+        """An observation or action of the environment as one row, in single precision."""
+        return torch.as_tensor(np.asarray(values, np.float32).reshape(-1), device=self.device)
+
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Returns the action, and what to start from at the next step; `start` None: an episode begins."""
         args = self.args
@@ -1012,9 +1000,8 @@ class Agent:
         with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():
             if start is None:
                 start = self.neutral.expand(1, args.horizon, -1)
-            obs = torch.as_tensor(np.asarray(obs, np.float32).reshape(-1), device=self.device)
-            networks = self.model.select(self.model.elites)
-            found = self.planner(lambda plans: self.score(networks, obs, plans, generator), start, args, generator)
+            state, networks = self.tensor(obs), self.model.select(self.model.elites)
+            found = self.planner(lambda plans: self.score(networks, state, plans, generator), start, args, generator)
             start = torch.cat([found[:, 1:], self.neutral.expand(len(found), 1, -1)], dim=1)
         return self.to_env(found[0, 0]), start
 
@@ -1039,10 +1026,8 @@ class Agent:
         """One action (A,) as the environment wants it; of probabilities the most probable."""
         if self.discrete:
             return self.first_action + int(action.argmax())
-        space = self.action_space
-        return (
-            self.to_env_units(action).cpu().numpy().reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
-        )
+        space, values = self.action_space, self.to_env_units(action).cpu().numpy()
+        return values.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
 
     def observe(
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
@@ -1061,18 +1046,17 @@ class Agent:
 
     def relabel(self, start: int) -> None:
         """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
-        obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
-        step = obs, action, obs + self.data.delta[start : self.data.size]
+        obs, action, delta = (self.data.column(name)[start:] for name in ("obs", "action", "delta"))
         for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
             if function is not None:
                 try:
-                    found = function(*step)
+                    found = function(obs, action, obs + delta)
                 except Exception as error:
                     raise Failure(f"the function for {name}: {type(error).__name__}: {error}") from error
                 if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
                     shape = getattr(found, "shape", type(found).__name__)
                     raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
-                getattr(self.data, name)[start : self.data.size] = found
+                self.data.column(name)[start:, 0] = found
 
     def update(self) -> None:
         """Trains the ensemble every `train_every` steps, after a look at how it predicted what it had not seen."""
@@ -1171,11 +1155,10 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("model", "optimizer", "data"):
+            getattr(self, name).load_state_dict(state[name])
         if self.value is not None:
             self.value.load_state_dict(state["value"])
-        self.data.load_state_dict(state["data"])
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
         self.start = None if state["start"] is None else state["start"].to(self.device)

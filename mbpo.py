@@ -30,33 +30,31 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
 
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
 algorithm 1). The order is that of the authors' code, jannerm/mbpo: every 250 steps the ensemble is trained and the
-rollouts are made. What differs from that code:
+rollouts are made. The fields name its settings. What else differs:
 
     - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
       that an environment is all that is needed.
-    - What the ensemble predicts is standardised. While data are few, batches are small; a training ends after
-      `max_updates`. A transition is held out or not for all trainings, and only the error of the dynamics decides when
-      to stop. The rollouts grow from step to step, not from epoch to epoch.
+    - What the ensemble predicts is standardised. A transition is held out or not for all trainings, and only the error
+      of the dynamics decides when to stop.
     - The actor and the critics begin with PyTorch's initial weights (theirs with Keras'). The MuJoCo tasks are
       Gymnasium's v5, theirs Gym's v2.
-    - For short runs `tau` is 0.02 and imagined transitions are kept for one training (the presets of the larger MuJoCo
-      tasks have the authors' values).
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  Pendulum-v1 swung up: return -136 over 5 episodes after 3,000 steps (mean of 5 seeds: -97, -141, -145, -146,
-         -149; a random policy scores about -1,200), and above -200 from step 1,000 on with the best seed, from 2,000 on
-         with the worst (evaluated every 250 steps). 5 minutes a seed on a CPU core, 10 on a busy one. Without a model
-         it takes 2.2 times the steps with one update a step (2,750 to 4,250, 5 seeds), but no more with 10 (1,000 to
-         1,500, 5 seeds): on the pendulum many updates pay, and a model brings nothing beyond them. InvertedPendulum-v5:
-         1000, the maximum, at 2,500 and at 3,000 steps (5 of 5 seeds, 10 to 16 minutes); without a model, with one
-         update a step, 82 to 177 after 6,000 steps (5 seeds); with 10, again, 1000 at 2,000 steps (the one seed tried).
-         After 5,000 steps InvertedDoublePendulum-v5: 9360, 7543, 5858 (3 seeds, 5 episodes each, 37 minutes); without a
-         model, with one update a step, 971, 563, 993, and with 20, as there, 9359 at 1,000 and at 2,000 steps (the one
-         seed tried). Reacher-v5: -6.2, -5.3, -6.8 (3 seeds, 20 episodes each, 17 to 22 minutes), without a model, with
-         one update a step, -8.4, -7.9, -9.6. Hopper-v5 (1 seed, stopped there after some 5 hours): 1010, 435, 611, 826
-         at 10,000, 15,000, 20,000 and 25,000 steps. The authors' curve takes off after that; ours is not known there.
+Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model at one update a step, minutes a seed on
+         a CPU core (a random policy scores about -1,200 on Pendulum-v1):
+
+    environment                 steps  MBPO                                      without a model            minutes
+    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.2 times the steps        5 to 10
+    InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000 steps   10 to 16
+    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
+    Reacher-v5                  5,000  -6.2, -5.3, -6.8                          -8.4, -7.9, -9.6           17 to 22
+    Hopper-v5                  25,000  826 (the authors' curve takes off later)  not tried                  some 300
+
+         Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
+         but no model, it takes 1,000 to 1,500 steps (5 seeds), InvertedPendulum-v5 has 1000 at 2,000 steps, and
+         InvertedDoublePendulum-v5 9359 at 1,000 (one seed each): on the pendulum a model brings nothing beyond them.
 """
 
 import argparse
@@ -456,8 +454,7 @@ class Ensemble(nn.Module):
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes mean and standard deviation of obs, action, delta and reward, and the share of terminations: each (N,
-        size)."""
+        """Takes means, standard deviations and the share of terminations from columns (N, size)."""
         for name in ("obs", "action", "delta", "reward"):
             std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
@@ -476,8 +473,7 @@ class Ensemble(nn.Module):
         return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
-        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta obs;
-        row g by member g of those selected."""
+        """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
         x = torch.cat([self.standardise("obs", obs), self.standardise("action", action)], dim=-1)
         mean, logvar = mlp(x, dynamics).chunk(2, dim=-1)
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)  # PETS, appendix A.1: soft bounds,
@@ -522,19 +518,14 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple
     reward networks have none.
     """
     nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    weights = [*model.dynamics[::2], *model.termination[::2]]
-    factors = [*weight_decay, *[0.01] * len(model.termination[::2])]
+    factors, weights = [*weight_decay, 0.01, 0.01, 0.01], [*model.dynamics[::2], *model.termination[::2]]
     decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
     bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
     return (nll + reward_error + cross_entropy).sum() + decay + bounds
 
 
 def fit(
-    model: Ensemble,
-    optimizer: torch.optim.Optimizer,
-    data: "Buffer",
-    args: Args,
-    generator: torch.Generator,
+    model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
     """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
     weights, and so is each reward network; terminations in the hold-out set are too few to tell.
@@ -551,10 +542,10 @@ def fit(
     unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
     rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
-    networks = model.dynamics, model.reward
-    best_layers = [[layer.detach().clone() for layer in network] for network in networks]
     batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # of dynamics and reward
+    layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
+    best_layers = [layer.detach().clone() for _, layer in layers]
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         for batch in shuffled.split(batch_size, dim=1):  # (E, B)
@@ -568,15 +559,13 @@ def fit(
             error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
             improved = error < 0.99 * best
             best = torch.where(improved, error, best)
-            for network, best_network, better in zip(networks, best_layers, improved, strict=True):
-                for layer, best_layer in zip(network, best_network, strict=True):
-                    best_layer[better] = layer[better]
+            for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
+                best_layer[improved[kind]] = layer[improved[kind]]
         stale = 0 if improved[0].any() else stale + 1
 
     with torch.no_grad():
-        for network, best_network in zip(networks, best_layers, strict=True):
-            for layer, best_layer in zip(network, best_network, strict=True):
-                layer.copy_(best_layer)
+        for (_, layer), best_layer in zip(layers, best_layers, strict=True):
+            layer.copy_(best_layer)
         losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
@@ -675,8 +664,7 @@ class Buffer:
         self.size = len(state["obs"])
         for name, value in state.items():
             column = getattr(self, name)
-            room = torch.zeros(max(0, len(column) - self.size), *column.shape[1:], dtype=column.dtype)
-            setattr(self, name, torch.cat([value.cpu(), room]).to(column.device))
+            setattr(self, name, torch.cat([value.to(column.device), column[self.size :]]))
 
 
 class Pool:
@@ -753,10 +741,9 @@ def imagined_step(
             delta = mean + std * noise[rows]
             after = before + delta
             next_obs[rows] = after[0]
-            reward[rows] = (
-                model.predict_reward(delta, act, after, reward_layers)[0] * model.reward_std + model.reward_mean
-            )
+            reward[rows] = model.predict_reward(delta, act, after, reward_layers)[0]
             logit[rows] = model.termination_logit(after, termination)[0]
+    reward = reward * model.reward_std + model.reward_mean
     if reward_fn is not None:
         reward = reward_fn(obs, action, next_obs).reshape(len(obs), 1).float()
     # Terminations weigh more in training, so logit 0 is where one is as probable as in the data on average: a rollout
@@ -800,17 +787,16 @@ def imagine(
         weight = torch.ones(len(obs), 1, device=obs.device)
         if args.max_disagreement is not None or args.weigh_disagreement:
             spread = disagreement(model, obs, action, chunk)
-            if args.max_disagreement is not None:
-                trusted = (spread < args.max_disagreement)[:, 0]
-                obs, action, spread, weight = obs[trusted], action[trusted], spread[trusted], weight[trusted]
             if args.weigh_disagreement:
                 weight = 1 / (1 + spread)
+            if args.max_disagreement is not None:
+                trusted = (spread < args.max_disagreement)[:, 0]
+                obs, action, weight = obs[trusted], action[trusted], weight[trusted]
         if len(obs) == 0:
             return
         next_obs, reward, terminated = imagined_step(model, obs, action, generator, reward_fn, termination_fn, chunk)
-        goes_on = 1 - terminated.float()
         rows = {"obs": obs, "action": action, "reward": reward, "next_obs": next_obs}
-        yield rows | {"goes_on": goes_on, "weight": weight}
+        yield rows | {"goes_on": 1 - terminated.float(), "weight": weight}
         obs = next_obs[~terminated[:, 0]]
 
 
@@ -851,18 +837,14 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a). With dropout and layer normalisation it is the critic of DroQ (Hiraoka et al. 2022); the actor's update
-    stays that of the soft actor-critic."""
+    """Q(s, a). With layer normalisation and dropout it is DroQ's; the actor's update stays as it is without."""
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        sizes, device = (obs_size + action_size, *args.policy_hidden), generator.device
+        sizes, self.dropout = (obs_size + action_size, *args.policy_hidden), args.critic_dropout
         self.layers = nn.ModuleList(linear(*pair, generator) for pair in itertools.pairwise(sizes))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(size, device=device) if args.critic_layer_norm else nn.Identity()
-            for size in args.policy_hidden
-        )
-        self.dropout = args.critic_dropout
+        norm = nn.LayerNorm if args.critic_layer_norm else nn.Identity
+        self.norms = nn.ModuleList(norm(size, device=generator.device) for size in args.policy_hidden)
         self.last = linear(sizes[-1], 1, generator)
 
     def forward(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -914,12 +896,13 @@ class Agent:
     actions in the environment's units differs by a constant, by which the target would have to be shifted.
     """
 
+    parts = ("model", "actor", "critics", "targets", "data", "pool")  # of a checkpoint
+
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check_spaces(observation_space, action_space)
         self.args, self.device, self.action_space = args, find_device(args.device), action_space
         obs_size, action_size = math.prod(observation_space.shape), math.prod(action_space.shape)
-        bounds = (torch.tensor(bound.reshape(-1)) for bound in (action_space.low, action_space.high))
-        low, high = (bound.float().to(self.device) for bound in bounds)
+        low, high = self.tensor(action_space.low)[0], self.tensor(action_space.high)[0]
         self.middle, self.half_range = (high + low) / 2, (high - low) / 2
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
 
@@ -932,7 +915,6 @@ class Agent:
         self.optimizers = [torch.optim.Adam(group, lr=args.policy_lr, fused=True) for group in groups]
         self.data = Buffer(obs_size, action_size, self.device)
 
-        self.has_model = args.real_ratio < 1
         self.model = Ensemble(*sizes)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr, fused=True)
         self.pool = Pool(obs_size, action_size, self.device)
@@ -958,9 +940,9 @@ class Agent:
         with torch.inference_mode():
             return self.to_env(self.actor.sample(self.tensor(obs), noise)[0][0])
 
-    def tensor(self, obs: Any) -> Tensor:
-        """One observation of the environment as (1, obs_size)."""
-        return torch.as_tensor(np.asarray(obs, np.float32).reshape(1, -1), device=self.device)
+    def tensor(self, values: Any) -> Tensor:
+        """One observation or action of the environment as (1, size), in single precision."""
+        return torch.as_tensor(np.asarray(values, np.float32).reshape(1, -1), device=self.device)
 
     def to_env(self, action: Tensor) -> np.ndarray:
         """One action (A,) in [-1, 1] as the environment wants it."""
@@ -972,8 +954,7 @@ class Agent:
         self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False
     ) -> None:
         """Stores one real step; whether it goes to the model's hold-out set is drawn here."""
-        action = torch.as_tensor(np.asarray(action, np.float32).reshape(-1), device=self.device)
-        action = (action - self.middle) / self.half_range
+        action = (self.tensor(action)[0] - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
         holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
@@ -984,25 +965,24 @@ class Agent:
 
     def relabel(self, start: int) -> None:
         """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
-        obs, action = self.data.obs[start : self.data.size], self.data.action[start : self.data.size]
-        step = obs, action, obs + self.data.delta[start : self.data.size]
+        obs, action, delta = (self.data.column(name)[start:] for name in ("obs", "action", "delta"))
         for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
             if function is not None:
                 try:
-                    found = function(*step)
+                    found = function(obs, action, obs + delta)
                 except Exception as error:
                     raise Failure(f"the function for {name}: {type(error).__name__}: {error}") from error
                 if not isinstance(found, Tensor) or found.shape != obs.shape[:1]:
                     shape = getattr(found, "shape", type(found).__name__)
                     raise Failure(f"the function for {name} gave {shape}, not a tensor with one number for each row")
-                getattr(self.data, name)[start : self.data.size] = found
+                self.data.column(name)[start:, 0] = found
 
     def update(self) -> None:
         """After each environment step: the model when it is time, then the updates of the actor-critic."""
         args, size = self.args, self.data.size
         if size < args.learning_starts:
             return
-        if self.has_model and (not self.trained_at or size - self.trained_at >= args.train_every):
+        if args.real_ratio < 1 and (not self.trained_at or size - self.trained_at >= args.train_every):
             self.train_model()
         batches = self.batches(args.updates_per_step)
         for index in range(args.updates_per_step):
@@ -1018,8 +998,8 @@ class Agent:
         length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
         obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
-        made, ended, given = 0, 0.0, {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn}
-        for rows in imagine(self.model, self.actor, obs, length, args, generator, **given):
+        made, ended = 0, 0.0
+        for rows in imagine(self.model, self.actor, obs, length, args, generator, self.reward_fn, self.termination_fn):
             self.pool.add(rows | {"step": torch.full_like(rows["reward"], size)})
             made, ended = made + len(rows["obs"]), ended + (1 - rows["goes_on"]).sum().item()
         self.logs |= {
@@ -1079,11 +1059,9 @@ class Agent:
         loss.backward()
         critic_optimizer.step()
 
-        # The gradient is asked for with respect to the actor alone: that of the critics' weights is not computed.
         policy_loss, entropy = self.actor_loss(self.actor, self.critics, batch["obs"], noise, alpha, generator)
-        parameters = list(self.actor.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(policy_loss, parameters), strict=True):
-            parameter.grad = gradient
+        actor_optimizer.zero_grad()
+        policy_loss.backward(inputs=list(self.actor.parameters()))  # and not the critics'
         actor_optimizer.step()
 
         self.log_alpha.grad = entropy - self.target_entropy  # of the loss log_alpha * (entropy - target)
@@ -1112,12 +1090,9 @@ class Agent:
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
         self.metrics()  # so that a resumed run logs the same
-        modules = {"model": self.model, "actor": self.actor, "critics": self.critics, "targets": self.targets}
-        return {name: module.state_dict() for name, module in modules.items()} | {
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {
             "log_alpha": self.log_alpha.detach().clone(),
             "optimizers": [optimizer.state_dict() for optimizer in (*self.optimizers, self.model_optimizer)],
-            "data": self.data.state_dict(),
-            "pool": self.pool.state_dict(),
             "generator": {self.device.type: self.generator.get_state()},
             "counts": [self.trained_at, self.episode],
             "logs": self.logs,
@@ -1125,7 +1100,7 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        for name in ("model", "actor", "critics", "targets", "data", "pool"):
+        for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
