@@ -298,7 +298,7 @@ def load_function(name: str | None) -> Callable | None:
         if not callable(found):
             raise TypeError(f"{function} is no function")
         return found
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # that of the module itself, too
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
 

@@ -331,7 +331,7 @@ def load_function(name: str | None) -> Callable | None:
         if not callable(found):
             raise TypeError(f"{function} is no function")
         return found
-    except (ValueError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # that of the module itself, too
         raise Failure(f"cannot load {name}, which should read module:function: {error}") from error
 
 
@@ -837,7 +837,8 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a). With layer normalisation and dropout it is DroQ's; the actor's update stays as it is without."""
+    """Q(s, a). With layer normalisation and dropout it is DroQ's; the actor's update stays as it is without. Nothing is
+    dropped where no `generator` is given."""
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
@@ -852,7 +853,7 @@ class Critic(nn.Module):
         x = torch.cat([obs, action], dim=-1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = layer(x)
-            if self.dropout:
+            if self.dropout and generator is not None:
                 kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
                 x = x * kept / (1 - self.dropout)
             x = F.relu_(norm(x))
@@ -1023,7 +1024,7 @@ class Agent:
         """What the critics expect from about 1,000 of the transitions on, on average."""
         every = max(1, len(transitions["obs"]) // 1_000)
         obs, action = transitions["obs"][::every], transitions["action"][::every]
-        return torch.min(*(critic(obs, action, self.generator) for critic in self.critics)).mean().item()
+        return torch.min(*(critic(obs, action) for critic in self.critics)).mean().item()
 
     def real_share(self) -> float:
         """The share of real transitions, at this step."""

@@ -189,8 +189,7 @@ def test_dropout_and_layer_norm_of_the_critic():
         x = layer(x)
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         x = x.relu()
-    critic.dropout = 0.0
-    torch.testing.assert_close(critic(obs, action), critic.last(x))
+    torch.testing.assert_close(critic(obs, action), critic.last(x))  # nothing is dropped
 
 
 # --- rollouts -------------------------------------------------------------------------------------------------------

@@ -504,6 +504,14 @@ def test_bad_arguments(name, monkeypatch, capsys, tmp_path, args, expected):
     assert not list(tmp_path.iterdir())  # no folder of a run that never began
 
 
+def test_a_module_that_cannot_be_imported_is_told(tmp_path, monkeypatch):
+    script = importlib.import_module("mbpo")
+    (tmp_path / "broken_module.py").write_text("def reward(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(script.Failure, match=r"cannot load broken_module:reward.*invalid syntax"):
+        script.load_function("broken_module:reward")
+
+
 def test_every_number_has_a_range(script):
     """NaN and what is below every range are refused by name."""
     for field in dataclasses.fields(script.Args):
