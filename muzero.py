@@ -438,9 +438,8 @@ class KInARow(gym.Env):
         for row, column, (down, right) in itertools.product(
             range(rows), range(columns), ((0, 1), (1, 0), (1, 1), (1, -1))
         ):
-            places = [(row + index * down, column + index * right) for index in range(k)]
-            if all(0 <= i < rows and 0 <= j < columns for i, j in places):
-                fields = [i * columns + j for i, j in places]
+            if row + (k - 1) * down < rows and 0 <= column + (k - 1) * right < columns:
+                fields = [(row + index * down) * columns + column + index * right for index in range(k)]
                 for field in fields:
                     self.lines[field].append(sum(1 << other for other in fields))
         memory = lru_cache(maxsize=2**18)(self.look)
@@ -477,15 +476,10 @@ class KInARow(gym.Env):
 
     def observation(self) -> tuple[np.ndarray, dict]:
         """The board as the player to move sees it, and what is allowed."""
-        planes = [
-            [stones >> field & 1 for field in range(self.rows * self.columns)] for stones in (self.own, self.other)
-        ]
+        stones = [(self.own >> field & 1, self.other >> field & 1) for field in range(self.rows * self.columns)]
         mask = np.zeros(self.action_space.n, np.int8)
         mask[[action for action, _, _ in self.moves(self.own, self.other)]] = 1
-        shape = (self.rows, self.columns)
-        return np.stack([np.reshape(plane, shape) for plane in planes], axis=-1).astype(np.float32), {
-            "action_mask": mask
-        }
+        return np.array(stones, np.float32).reshape(self.observation_space.shape), {"action_mask": mask}
 
     def put(self, action: int) -> tuple[float, bool]:
         """The move of the player whose turn it is, then it is the other's: reward and end."""
@@ -597,35 +591,36 @@ def make_network(
     hidden, bins, channels, two_players = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma < 0
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net, planes = Net(represent, partial(dynamics, turns=two_players), predict, two_players), args.latent_size
-        shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
-        shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
+        net = Net(represent, partial(dynamics, turns=two_players), predict, two_players)
+        latent = features = args.latent_size  # numbers of a latent state, and of what a head gets
+        shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, latent)}
+        shapes |= {"step": (latent + num_actions, hidden), "next_latent": (hidden, latent)}
     else:
-        (height, width, planes), net = obs_shape, Net(represent_image, dynamics_image, predict_image, two_players)
+        net = Net(represent_image, dynamics_image, predict_image, two_players)
+        (height, width, planes), square = obs_shape, (channels, channels, 3, 3)
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
             height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
-        shapes |= {"represent": (channels, planes, 3, 3), "step": (channels, channels, 3, 3)}
-        shapes |= {
-            f"{name}_{part}": (channels, channels, 3, 3) for name in ("latent", "next_latent") for part in (1, 2)
-        }
+        shapes |= {"represent": (channels, planes, 3, 3), "step": square}
+        shapes |= {f"{name}_{part}": square for name in ("latent", "next_latent") for part in (1, 2)}
         shapes |= {f"{name}_planes": (4, channels, 1, 1) for name in HEADS}
-        planes = 4 * height * width
-    shapes |= {f"{name}_hidden": (planes, hidden) for name in HEADS}
-    shapes |= dict(zip(HEADS, ((hidden, bins), (hidden, bins), (hidden, num_actions)), strict=True))
+        latent, features = channels * height * width, 4 * height * width
+    shapes |= {f"{name}_hidden": (features, hidden) for name in HEADS}
+    shapes |= {"reward": (hidden, bins), "value": (hidden, bins), "policy": (hidden, num_actions)}
     if args.consistency_weight:
-        size = planes if len(obs_shape) == 1 else channels * height * width
-        shapes |= {"project": (size, hidden), "projection": (hidden, hidden)}
+        shapes |= {"project": (latent, hidden), "projection": (hidden, hidden)}
         shapes |= {"predictor_hidden": (hidden, hidden), "predictor": (hidden, hidden)}
+
+    def uniform(bound: float, *shape: int) -> Tensor:
+        return nn.init.uniform_(torch.empty(shape, device=generator.device), -bound, bound, generator=generator)
+
     parameters = nn.ParameterDict()
     for name, shape in shapes.items():
-        fan_in, fan_out = (shape[0], shape[1]) if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
-        for kind, size in (("weight", shape), ("bias", (fan_out,))):
-            tensor, bound = torch.empty(size, device=generator.device), 1 / math.sqrt(fan_in)
-            parameters[f"{name}_{kind}"] = nn.init.uniform_(tensor, -bound, bound, generator=generator)
+        fan_in, fan_out = shape if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
+        parameters[f"{name}_weight"] = uniform(1 / math.sqrt(fan_in), *shape)
+        parameters[f"{name}_bias"] = uniform(1 / math.sqrt(fan_in), fan_out)
     if len(obs_shape) == 3:  # what an action adds, at every place
-        parameters["step_action"] = torch.zeros(num_actions, channels, height, width, device=generator.device)
-        nn.init.uniform_(parameters["step_action"], -1, 1, generator=generator)
+        parameters["step_action"] = uniform(1, num_actions, channels, height, width)
     return net, parameters
 
 
@@ -637,16 +632,20 @@ def relu(x: Values) -> Values:
     return F.relu(x) if isinstance(x, Tensor) else np.maximum(x, 0)
 
 
+def two_layers(parameters: Parameters, hidden: str, output: str, x: Values) -> Values:
+    return dense(parameters, output, relu(dense(parameters, hidden, x)))
+
+
 def bounded(latent: Values) -> Values:
     """Each latent state (B, ...) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
-    axes, functions = tuple(range(1, latent.ndim)), (library(latent).amin, library(latent).amax)
-    low, high = (reduce(latent, axes, keepdims=True) for reduce in functions)
+    axes = tuple(range(1, latent.ndim))
+    low, high = library(latent).amin(latent, axes, keepdims=True), library(latent).amax(latent, axes, keepdims=True)
     return (latent - low) / library(latent).clip(high - low, 1e-5, None)
 
 
 def represent(parameters: Parameters, obs: Values) -> Values:
     """obs (B, obs_size) -> latent (B, L)."""
-    return bounded(dense(parameters, "latent", relu(dense(parameters, "represent", obs))))
+    return bounded(two_layers(parameters, "represent", "latent", obs))
 
 
 def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool = False) -> Values:
@@ -662,12 +661,13 @@ def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
     """latent (B, L) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
     (B, A)."""
-    return [dense(parameters, name, relu(dense(parameters, f"{name}_hidden", latent))) for name in HEADS]
+    return [two_layers(parameters, f"{name}_hidden", name, latent) for name in HEADS]
 
 
 def convolve(parameters: Parameters, name: str, x: Tensor, stride: int = 1) -> Tensor:
     """Same size, or half of it."""
-    return F.conv2d(x, parameters[f"{name}_weight"], parameters[f"{name}_bias"], stride, padding=1)
+    weight = parameters[f"{name}_weight"]
+    return F.conv2d(x, weight, parameters[f"{name}_bias"], stride, padding=weight.shape[-1] // 2)
 
 
 def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
@@ -691,23 +691,17 @@ def dynamics_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Te
 
 def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
     """As `predict`, each head from four planes of its own."""
-    found = []
-    for name in HEADS:
-        planes = F.relu(F.conv2d(latent, parameters[f"{name}_planes_weight"], parameters[f"{name}_planes_bias"]))
-        found.append(dense(parameters, name, F.relu(dense(parameters, f"{name}_hidden", planes.flatten(1)))))
-    return found
+    planes = [F.relu(convolve(parameters, f"{name}_planes", latent)).flatten(1) for name in HEADS]
+    return [two_layers(parameters, f"{name}_hidden", name, x) for name, x in zip(HEADS, planes, strict=True)]
 
 
 def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
     """(N, ...), (N, ...) -> (N,): minus the cosine between the projection of a real latent state, which gets no
     gradient, and what is predicted of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
     without its batch normalisation)."""
-
-    def project(latent: Tensor) -> Tensor:
-        return dense(parameters, "projection", relu(dense(parameters, "project", latent.flatten(1))))
-
-    predicted = dense(parameters, "predictor", relu(dense(parameters, "predictor_hidden", project(imagined))))
-    return -F.cosine_similarity(predicted, project(real).detach(), dim=1)
+    ours, theirs = (two_layers(parameters, "project", "projection", latent.flatten(1)) for latent in (imagined, real))
+    predicted = two_layers(parameters, "predictor_hidden", "predictor", ours)
+    return -F.cosine_similarity(predicted, theirs.detach(), dim=1)
 
 
 def unrolled_loss(
@@ -735,20 +729,19 @@ def unrolled_loss(
         return -(target * logits.log_softmax(-1)).sum(-1)
 
     support, scaled = value_logits.shape[-1] // 2, not net.two_players
-    value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * batch["known"]
-    policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
-    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled))
-    reward = reward * batch["known"][:, :-1]
+    known, acting = batch["known"], batch["acting"]
+    value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * known
+    policy = cross_entropy(policy_logits, batch["policy"]) * acting
+    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled)) * known[:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": (value, batch["known"]), "policy_loss": (policy, batch["acting"])}
-    logs["reward_loss"] = reward, batch["known"][:, :-1]
+    logs = {"value_loss": (value, known), "policy_loss": (policy, acting), "reward_loss": (reward, known[:, :-1])}
     if consistency_weight:
-        imagined, real = torch.stack(latents[1:], dim=1), batch["next_obs"]
+        imagined = torch.stack(latents[1:], dim=1).flatten(0, 1)
         with torch.no_grad():
-            real = net.represent(parameters, real.flatten(0, 1))
-        distance = inconsistency(parameters, imagined.flatten(0, 1), real).view(count, steps) * batch["acting"][:, :-1]
+            real = net.represent(parameters, batch["next_obs"].flatten(0, 1))
+        distance = inconsistency(parameters, imagined, real).view(count, steps) * acting[:, :-1]
         total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
-        logs["consistency_loss"] = distance, batch["acting"][:, :-1]
+        logs["consistency_loss"] = distance, acting[:, :-1]
     return (
         (batch["weight"] * total).mean(),
         expectation(value_logits[:, 0], scaled).detach(),
