@@ -40,8 +40,7 @@ steps as DeepMind's mctx. What differs from the papers:
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
       these, the model of CartPole blurred the effects of actions.
-    - Self-play can repeat actions (`repeat`), which it does on Acrobot.
-    - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
+    - Self-play can repeat actions (`repeat`), which it does on Acrobot. By default no priorities are used.
     - With two players the value alone encodes the result, before the end of a game and after it: rewards are 0. Values
       are categories, and not scaled. The settings of the board games explore more.
     - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
@@ -862,7 +861,6 @@ class Replay:
 # ---------------------------------------------------------------------------------------------------------------------
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
-# B searches at once: each simulation walks down all trees and calls the network once, with a leaf of each.
 class Tree:
     """B search trees of up to N + 1 nodes, in flat arrays: node n of tree b is row b * (N + 1) + n, its root n = 0.
 
@@ -877,10 +875,10 @@ class Tree:
         (batch, self.num_actions), width = logits.shape, num_simulations + 1
         self.min_range = max(min_range, 1e-8)  # by what at least Q is divided in `rescale`
         self.roots, rows = np.arange(batch) * width, batch * width
-        nodes, edges = (rows,), (rows, self.num_actions)
+        edges = rows, self.num_actions
         self.latent = np.empty((rows, *latent.shape[1:]), latent.dtype)
-        self.prediction, self.value = np.empty((2, *nodes), np.float32)
-        self.visits, self.depth = np.zeros((2, *nodes), np.int64)  # the depth of a node below its root
+        self.prediction, self.value = np.empty((2, rows), np.float32)
+        self.visits, self.depth = np.zeros((2, rows), np.int64)  # the depth of a node below its root
         self.logits, self.prior = np.empty((2, *edges), np.float32)
         self.reward, self.q = np.zeros((2, *edges), np.float32)
         self.edge_visits = np.zeros(edges, np.int64)
@@ -901,7 +899,7 @@ class Tree:
         while len(walking):
             edge = node * self.num_actions + selected.take(node)
             path.append((walking, node, edge))
-            last[walking] = edge
+            last[walking] = edge  # until there is a deeper one
             behind = self.child.take(edge)
             inside = behind >= 0
             walking, node = walking[inside], behind[inside]
@@ -909,7 +907,7 @@ class Tree:
 
     def back_up(self, path: list[tuple[Array, Array, Array]], leaf_value: Array, discount: float) -> Array:
         """Takes the values of new leaves (B,) up their paths; returns the rows that it changed."""
-        returned, levels = leaf_value.astype(np.float32), []  # to the node of each tree on the level
+        returned, levels = leaf_value.astype(np.float32), []  # what comes back to each tree's node of a level
         for walking, _, edge in reversed(path):
             returned[walking] = back = self.reward.take(edge) + discount * returned.take(walking)
             levels.append(back)
@@ -930,7 +928,8 @@ def search(
     select: Callable[[Array], Array],
     select_root: Callable[[], Array] | None = None,
 ) -> None:
-    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root.
+    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root; the
+    network is called once for the leaves of all trees.
 
     `select`: rows (R,) -> the actions (R,) to walk on by; `select_root`: the same for the roots, where it differs. What
     a node selects changes only when something comes back through it, so it is computed then, for all nodes of a path at
@@ -1094,8 +1093,8 @@ class Agent:
         # What the search sees: of a network for vectors on a CPU, arrays in the same memory.
         self.arrays = self.device.type == "cpu" and len(self.obs_shape) == 1
         self.view = {name: p.detach().numpy() if self.arrays else p.detach() for name, p in self.parameters.items()}
-        parameters = list(self.parameters.parameters())
-        self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        weights = self.parameters.parameters()
+        self.optimizer = torch.optim.Adam(weights, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
         self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.replay_size, args.follow)
         # Of each environment: policy, value and legal actions of the search in the present state, and the steps of the
@@ -1138,11 +1137,7 @@ class Agent:
 
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
-        policies found (B, A), actions (B,), values (B,) and the trees.
-
-        The values are those of the policies found. The mean of what came back through the root would be lower: a search
-        also tries actions of which it finds that they are bad.
-        """
+        policies found (B, A), actions (B,), the values of these policies (B,) and the trees."""
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
         _, logits, value = self.heads(latent)
@@ -1266,7 +1261,6 @@ class Agent:
         args, steps = self.args, self.steps - self.args.learning_starts
         if steps < 0 or self.replay.added == 0:
             return
-        weights = args.value_weight, args.consistency_weight
         while self.searched_again + args.batch_size <= steps * args.reanalyze_ratio:
             self.reanalyze(args.batch_size)
         while self.updates < steps * args.updates_per_step:
@@ -1274,6 +1268,7 @@ class Agent:
             rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, next_obs=args.consistency_weight > 0)
             batch |= {name: self.unit(batch[name]) for name in ("obs", "next_obs") if name in batch}
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
+            weights = args.value_weight, args.consistency_weight
             loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, *weights)
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** min(self.steps / args.decay_steps, 2)
             self.optimizer.zero_grad()
@@ -1337,9 +1332,7 @@ class Agent:
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "rng": json.dumps(self.rng.bit_generator.state),
-            "parts": [
-                [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
-            ],
+            "parts": [[torch.tensor(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts],
             "scale": [torch.from_numpy(self.mean), torch.from_numpy(self.std)],
             "counts": [self.steps, self.updates, self.searched_again],
             "measured": [self.value_range, self.measured, self.masked],
@@ -1351,10 +1344,7 @@ class Agent:
         for name in ("parameters", "optimizer", "replay"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.bit_generator.state = json.loads(state["rng"])
-        self.parts = [
-            list(zip(*(column.numpy() if column.ndim > 1 else column.tolist() for column in part), strict=True))
-            for part in state["parts"]
-        ]
+        self.parts = [list(zip(*(column.numpy() for column in part), strict=True)) for part in state["parts"]]
         self.mean, self.std = (part.numpy() for part in state["scale"])
         (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
         self.value_range, self.measured, self.masked = state["measured"]
