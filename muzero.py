@@ -1034,8 +1034,7 @@ def gumbel_search(
     gumbel: Array,
     considered: int,
 ) -> tuple[Array, Array]:
-    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `legal` (B, A) holds at the root only; `gumbel`
-    (B, A): noise, or 0 for none.
+    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `gumbel` (B, A): noise, or 0 for none.
 
     Returns the improved policies (B, A) and the best of the actions that were tried most often (B,).
     """
@@ -1205,7 +1204,7 @@ class Agent:
         part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
         # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
-        # some actions are not allowed, the last state of a part is never searched, so that it is better to wait.
+        # some actions are not allowed it is better to wait, as the last state of a part is never searched.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
         length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
         if terminated or truncated or len(part) >= min(length, args.replay_size - 1):
