@@ -40,8 +40,7 @@ steps as DeepMind's mctx. What differs from the papers:
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
       (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
       these, the model of CartPole blurred the effects of actions.
-    - Self-play can repeat actions (`repeat`), which it does on Acrobot.
-    - Positions are drawn uniformly; by priority where `priority_exponent` is above 0.
+    - Self-play can repeat actions (`repeat`), which it does on Acrobot. By default no priorities are used.
     - With two players the value alone encodes the result, before the end of a game and after it: rewards are 0. Values
       are categories, and not scaled. The settings of the board games explore more.
     - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
@@ -438,9 +437,8 @@ class KInARow(gym.Env):
         for row, column, (down, right) in itertools.product(
             range(rows), range(columns), ((0, 1), (1, 0), (1, 1), (1, -1))
         ):
-            places = [(row + index * down, column + index * right) for index in range(k)]
-            if all(0 <= i < rows and 0 <= j < columns for i, j in places):
-                fields = [i * columns + j for i, j in places]
+            if row + (k - 1) * down < rows and 0 <= column + (k - 1) * right < columns:
+                fields = [(row + index * down) * columns + column + index * right for index in range(k)]
                 for field in fields:
                     self.lines[field].append(sum(1 << other for other in fields))
         memory = lru_cache(maxsize=2**18)(self.look)
@@ -477,15 +475,10 @@ class KInARow(gym.Env):
 
     def observation(self) -> tuple[np.ndarray, dict]:
         """The board as the player to move sees it, and what is allowed."""
-        planes = [
-            [stones >> field & 1 for field in range(self.rows * self.columns)] for stones in (self.own, self.other)
-        ]
+        stones = [(self.own >> field & 1, self.other >> field & 1) for field in range(self.rows * self.columns)]
         mask = np.zeros(self.action_space.n, np.int8)
         mask[[action for action, _, _ in self.moves(self.own, self.other)]] = 1
-        shape = (self.rows, self.columns)
-        return np.stack([np.reshape(plane, shape) for plane in planes], axis=-1).astype(np.float32), {
-            "action_mask": mask
-        }
+        return np.array(stones, np.float32).reshape(self.observation_space.shape), {"action_mask": mask}
 
     def put(self, action: int) -> tuple[float, bool]:
         """The move of the player whose turn it is, then it is the other's: reward and end."""
@@ -597,35 +590,36 @@ def make_network(
     hidden, bins, channels, two_players = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma < 0
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net, planes = Net(represent, partial(dynamics, turns=two_players), predict, two_players), args.latent_size
-        shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, planes)}
-        shapes |= {"step": (planes + num_actions, hidden), "next_latent": (hidden, planes)}
+        net = Net(represent, partial(dynamics, turns=two_players), predict, two_players)
+        latent = features = args.latent_size  # numbers of a latent state, and of what a head gets
+        shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, latent)}
+        shapes |= {"step": (latent + num_actions, hidden), "next_latent": (hidden, latent)}
     else:
-        (height, width, planes), net = obs_shape, Net(represent_image, dynamics_image, predict_image, two_players)
+        net = Net(represent_image, dynamics_image, predict_image, two_players)
+        (height, width, planes), square = obs_shape, (channels, channels, 3, 3)
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
             height, width, planes = (height + 1) // 2, (width + 1) // 2, channels
-        shapes |= {"represent": (channels, planes, 3, 3), "step": (channels, channels, 3, 3)}
-        shapes |= {
-            f"{name}_{part}": (channels, channels, 3, 3) for name in ("latent", "next_latent") for part in (1, 2)
-        }
+        shapes |= {"represent": (channels, planes, 3, 3), "step": square}
+        shapes |= {f"{name}_{part}": square for name in ("latent", "next_latent") for part in (1, 2)}
         shapes |= {f"{name}_planes": (4, channels, 1, 1) for name in HEADS}
-        planes = 4 * height * width
-    shapes |= {f"{name}_hidden": (planes, hidden) for name in HEADS}
-    shapes |= dict(zip(HEADS, ((hidden, bins), (hidden, bins), (hidden, num_actions)), strict=True))
+        latent, features = channels * height * width, 4 * height * width
+    shapes |= {f"{name}_hidden": (features, hidden) for name in HEADS}
+    shapes |= {"reward": (hidden, bins), "value": (hidden, bins), "policy": (hidden, num_actions)}
     if args.consistency_weight:
-        size = planes if len(obs_shape) == 1 else channels * height * width
-        shapes |= {"project": (size, hidden), "projection": (hidden, hidden)}
+        shapes |= {"project": (latent, hidden), "projection": (hidden, hidden)}
         shapes |= {"predictor_hidden": (hidden, hidden), "predictor": (hidden, hidden)}
+
+    def uniform(bound: float, *shape: int) -> Tensor:
+        return nn.init.uniform_(torch.empty(shape, device=generator.device), -bound, bound, generator=generator)
+
     parameters = nn.ParameterDict()
     for name, shape in shapes.items():
-        fan_in, fan_out = (shape[0], shape[1]) if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
-        for kind, size in (("weight", shape), ("bias", (fan_out,))):
-            tensor, bound = torch.empty(size, device=generator.device), 1 / math.sqrt(fan_in)
-            parameters[f"{name}_{kind}"] = nn.init.uniform_(tensor, -bound, bound, generator=generator)
+        fan_in, fan_out = shape if len(shape) == 2 else (math.prod(shape[1:]), shape[0])
+        parameters[f"{name}_weight"] = uniform(1 / math.sqrt(fan_in), *shape)
+        parameters[f"{name}_bias"] = uniform(1 / math.sqrt(fan_in), fan_out)
     if len(obs_shape) == 3:  # what an action adds, at every place
-        parameters["step_action"] = torch.zeros(num_actions, channels, height, width, device=generator.device)
-        nn.init.uniform_(parameters["step_action"], -1, 1, generator=generator)
+        parameters["step_action"] = uniform(1, num_actions, channels, height, width)
     return net, parameters
 
 
@@ -637,16 +631,20 @@ def relu(x: Values) -> Values:
     return F.relu(x) if isinstance(x, Tensor) else np.maximum(x, 0)
 
 
+def two_layers(parameters: Parameters, hidden: str, output: str, x: Values) -> Values:
+    return dense(parameters, output, relu(dense(parameters, hidden, x)))
+
+
 def bounded(latent: Values) -> Values:
     """Each latent state (B, ...) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
-    axes, functions = tuple(range(1, latent.ndim)), (library(latent).amin, library(latent).amax)
-    low, high = (reduce(latent, axes, keepdims=True) for reduce in functions)
+    axes = tuple(range(1, latent.ndim))
+    low, high = library(latent).amin(latent, axes, keepdims=True), library(latent).amax(latent, axes, keepdims=True)
     return (latent - low) / library(latent).clip(high - low, 1e-5, None)
 
 
 def represent(parameters: Parameters, obs: Values) -> Values:
     """obs (B, obs_size) -> latent (B, L)."""
-    return bounded(dense(parameters, "latent", relu(dense(parameters, "represent", obs))))
+    return bounded(two_layers(parameters, "represent", "latent", obs))
 
 
 def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool = False) -> Values:
@@ -662,12 +660,13 @@ def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool
 def predict(parameters: Parameters, latent: Values) -> list[Values]:
     """latent (B, L) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
     (B, A)."""
-    return [dense(parameters, name, relu(dense(parameters, f"{name}_hidden", latent))) for name in HEADS]
+    return [two_layers(parameters, f"{name}_hidden", name, latent) for name in HEADS]
 
 
 def convolve(parameters: Parameters, name: str, x: Tensor, stride: int = 1) -> Tensor:
     """Same size, or half of it."""
-    return F.conv2d(x, parameters[f"{name}_weight"], parameters[f"{name}_bias"], stride, padding=1)
+    weight = parameters[f"{name}_weight"]
+    return F.conv2d(x, weight, parameters[f"{name}_bias"], stride, padding=weight.shape[-1] // 2)
 
 
 def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
@@ -691,23 +690,17 @@ def dynamics_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Te
 
 def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
     """As `predict`, each head from four planes of its own."""
-    found = []
-    for name in HEADS:
-        planes = F.relu(F.conv2d(latent, parameters[f"{name}_planes_weight"], parameters[f"{name}_planes_bias"]))
-        found.append(dense(parameters, name, F.relu(dense(parameters, f"{name}_hidden", planes.flatten(1)))))
-    return found
+    planes = [F.relu(convolve(parameters, f"{name}_planes", latent)).flatten(1) for name in HEADS]
+    return [two_layers(parameters, f"{name}_hidden", name, x) for name, x in zip(HEADS, planes, strict=True)]
 
 
 def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
     """(N, ...), (N, ...) -> (N,): minus the cosine between the projection of a real latent state, which gets no
     gradient, and what is predicted of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
     without its batch normalisation)."""
-
-    def project(latent: Tensor) -> Tensor:
-        return dense(parameters, "projection", relu(dense(parameters, "project", latent.flatten(1))))
-
-    predicted = dense(parameters, "predictor", relu(dense(parameters, "predictor_hidden", project(imagined))))
-    return -F.cosine_similarity(predicted, project(real).detach(), dim=1)
+    ours, theirs = (two_layers(parameters, "project", "projection", latent.flatten(1)) for latent in (imagined, real))
+    predicted = two_layers(parameters, "predictor_hidden", "predictor", ours)
+    return -F.cosine_similarity(predicted, theirs.detach(), dim=1)
 
 
 def unrolled_loss(
@@ -735,20 +728,19 @@ def unrolled_loss(
         return -(target * logits.log_softmax(-1)).sum(-1)
 
     support, scaled = value_logits.shape[-1] // 2, not net.two_players
-    value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * batch["known"]
-    policy = cross_entropy(policy_logits, batch["policy"]) * batch["acting"]
-    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled))
-    reward = reward * batch["known"][:, :-1]
+    known, acting = batch["known"], batch["acting"]
+    value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * known
+    policy = cross_entropy(policy_logits, batch["policy"]) * acting
+    reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled)) * known[:, :-1]
     total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": (value, batch["known"]), "policy_loss": (policy, batch["acting"])}
-    logs["reward_loss"] = reward, batch["known"][:, :-1]
+    logs = {"value_loss": (value, known), "policy_loss": (policy, acting), "reward_loss": (reward, known[:, :-1])}
     if consistency_weight:
-        imagined, real = torch.stack(latents[1:], dim=1), batch["next_obs"]
+        imagined = torch.stack(latents[1:], dim=1).flatten(0, 1)
         with torch.no_grad():
-            real = net.represent(parameters, real.flatten(0, 1))
-        distance = inconsistency(parameters, imagined.flatten(0, 1), real).view(count, steps) * batch["acting"][:, :-1]
+            real = net.represent(parameters, batch["next_obs"].flatten(0, 1))
+        distance = inconsistency(parameters, imagined, real).view(count, steps) * acting[:, :-1]
         total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
-        logs["consistency_loss"] = distance, batch["acting"][:, :-1]
+        logs["consistency_loss"] = distance, acting[:, :-1]
     return (
         (batch["weight"] * total).mean(),
         expectation(value_logits[:, 0], scaled).detach(),
@@ -811,24 +803,22 @@ class Replay:
         are left, v is that of the last state: as stored after a termination, after a truncation the network's, until
         the state is searched. With `follow`, n ends before the first action that today's policy would not take: where
         that is the first of all, the target is the search's own value."""
-        columns, index, steps = self.columns, self.onwards(rows, n), np.arange(n)
-        ahead = np.minimum(columns["left"][rows], n)  # (R,)
-        ends = (steps >= ahead[:, None]) | (~columns["followed"][index] if follow else False)
-        ahead = np.where(ends.any(1), ends.argmax(1), ahead)
-        rewards = columns["reward"][index]
-        discounts = float(gamma) ** np.arange(n + 1)
-        rewards = np.where(steps < ahead[:, None], rewards, 0) @ discounts[:n]
+        columns, index, discounts = self.columns, self.onwards(rows, n), float(gamma) ** np.arange(n + 1)
+        counts = np.arange(n) < columns["left"][rows][:, None]  # (R, n)
+        if follow:
+            counts = np.logical_and.accumulate(counts & columns["followed"][index], axis=1)
+        ahead = counts.sum(1)  # (R,)
+        rewards = np.where(counts, columns["reward"][index], 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % len(columns["value"])]
 
     def sample(
         self, count: int, steps: int, n: int, gamma: float, rng: np.random.Generator, next_obs: bool = False
     ) -> tuple[Array, dict[str, Array]]:
         """Rows drawn by priority, and what `unrolled_loss` wants of them."""
-        columns = self.columns
-        cumulated = columns["priority"].cumsum()
+        columns, priority = self.columns, self.columns["priority"]
+        cumulated = priority.cumsum()
         rows = cumulated.searchsorted(rng.random(count) * cumulated[-1], side="right")
-        probability = columns["priority"][rows] / cumulated[-1]
-        weight = 1 / (np.count_nonzero(columns["priority"]) * probability)
+        weight = 1 / (np.count_nonzero(priority) * (priority[rows] / cumulated[-1]))
 
         index = self.onwards(rows, steps + 1)  # (B, K + 1)
         offset, left = np.arange(steps + 1), columns["left"][rows][:, None]
@@ -871,7 +861,6 @@ class Replay:
 # ---------------------------------------------------------------------------------------------------------------------
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
-# B searches at once: each simulation walks down all trees and calls the network once, with a leaf of each.
 class Tree:
     """B search trees of up to N + 1 nodes, in flat arrays: node n of tree b is row b * (N + 1) + n, its root n = 0.
 
@@ -886,15 +875,14 @@ class Tree:
         (batch, self.num_actions), width = logits.shape, num_simulations + 1
         self.min_range = max(min_range, 1e-8)  # by what at least Q is divided in `rescale`
         self.roots, rows = np.arange(batch) * width, batch * width
+        edges = rows, self.num_actions
         self.latent = np.empty((rows, *latent.shape[1:]), latent.dtype)
-        self.prediction, self.value = np.empty(rows, np.float32), np.empty(rows, np.float32)
-        self.logits = np.empty((rows, self.num_actions), np.float32)
-        self.prior = np.empty((rows, self.num_actions), np.float32)
-        self.visits = np.zeros(rows, np.int64)
-        self.edge_visits = np.zeros((rows, self.num_actions), np.int64)
-        self.reward, self.q = (np.zeros((rows, self.num_actions), np.float32) for _ in range(2))
-        self.child = np.full((rows, self.num_actions), -1)  # the row of the node behind, -1: none
-        self.depth = np.zeros(rows, np.int64)  # of a node below its root
+        self.prediction, self.value = np.empty((2, rows), np.float32)
+        self.visits, self.depth = np.zeros((2, rows), np.int64)  # the depth of a node below its root
+        self.logits, self.prior = np.empty((2, *edges), np.float32)
+        self.reward, self.q = np.zeros((2, *edges), np.float32)
+        self.edge_visits = np.zeros(edges, np.int64)
+        self.child = np.full(edges, -1)  # the row of the node behind, -1: none
         self.add(self.roots, latent, np.where(legal, logits, -np.inf), value)
 
     def add(self, rows: Array, latent: Array, logits: Array, value: Array) -> None:
@@ -903,46 +891,32 @@ class Tree:
         self.prediction[rows] = self.value[rows] = value
         self.visits[rows] = 1
 
-    def walk(self, selected: Array) -> tuple[Array, list[tuple[Array | None, Array, Array]]]:
+    def walk(self, selected: Array) -> tuple[Array, list[tuple[Array, Array, Array]]]:
         """Down all trees by the `selected` actions of their nodes, to an edge with no node behind it. Returns these
-        edges (B,) and the path: for each level the trees still walking (None: all), their rows and their edges."""
-        child, leaf = self.child.reshape(-1), np.empty(len(self.roots), np.int64)
-        walking, node, path = None, self.roots, []
-        while True:
+        edges (B,) and the path: for each level the trees still walking, their nodes' rows and their edges."""
+        walking, node, path = np.arange(len(self.roots)), self.roots, []
+        last = np.empty(len(self.roots), np.int64)
+        while len(walking):
             edge = node * self.num_actions + selected.take(node)
             path.append((walking, node, edge))
-            behind = child.take(edge)
+            last[walking] = edge  # until there is a deeper one
+            behind = self.child.take(edge)
             inside = behind >= 0
-            if np.logical_and.reduce(inside):
-                node = behind
-                continue
-            ends = ~inside
-            leaf[ends if walking is None else walking[ends]] = edge[ends]
-            walking = inside.nonzero()[0] if walking is None else walking[inside]
-            if len(walking) == 0:
-                return leaf, path
-            node = behind[inside]
+            walking, node = walking[inside], behind[inside]
+        return last, path
 
-    def back_up(self, path: list[tuple], leaf_value: Array, discount: float) -> Array:
+    def back_up(self, path: list[tuple[Array, Array, Array]], leaf_value: Array, discount: float) -> Array:
         """Takes the values of new leaves (B,) up their paths; returns the rows that it changed."""
-        nodes, edges = (np.concatenate(parts) for parts in list(zip(*path, strict=True))[1:])
-        child, q, reward, edge_visits = (
-            part.reshape(-1) for part in (self.child, self.q, self.reward, self.edge_visits)
-        )
-        rewards, back, stop = reward.take(edges), np.empty(len(edges), np.float32), len(edges)
-        returned = leaf_value.astype(np.float32)  # to the node of each tree on the level
-        for walking, node, _ in reversed(path):  # the deepest level first, which is the last slice of what is joined
-            level = slice(stop - len(node), stop)
-            stop -= len(node)
-            if walking is None:
-                back[level] = returned = rewards[level] + discount * returned
-            else:
-                back[level] = returned[walking] = rewards[level] + discount * returned.take(walking)
-        count = self.visits.take(nodes)
+        returned, levels = leaf_value.astype(np.float32), []  # what comes back to each tree's node of a level
+        for walking, _, edge in reversed(path):
+            returned[walking] = back = self.reward.take(edge) + discount * returned.take(walking)
+            levels.append(back)
+        _, nodes, edges = (np.concatenate(parts) for parts in zip(*path, strict=True))
+        count, back = self.visits.take(nodes), np.concatenate(levels[::-1])
         self.value[nodes] = (self.value.take(nodes) * count + back) / (count + 1)
         self.visits[nodes] = count + 1
-        edge_visits[edges] += 1
-        q[edges] = rewards + discount * self.value.take(child.take(edges))
+        self.edge_visits.reshape(-1)[edges] += 1
+        self.q.reshape(-1)[edges] = self.reward.take(edges) + discount * self.value.take(self.child.take(edges))
         return nodes
 
 
@@ -954,7 +928,8 @@ def search(
     select: Callable[[Array], Array],
     select_root: Callable[[], Array] | None = None,
 ) -> None:
-    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root.
+    """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root; the
+    network is called once for the leaves of all trees.
 
     `select`: rows (R,) -> the actions (R,) to walk on by; `select_root`: the same for the roots, where it differs. What
     a node selects changes only when something comes back through it, so it is computed then, for all nodes of a path at
@@ -1034,8 +1009,9 @@ def completed_q(tree: Tree, node: Array) -> Array:
     of the node's prediction and of the visited actions' Q, weighted by their prior (appendix D)."""
     visits, q, prior = (array.take(node, axis=0) for array in (tree.edge_visits, tree.q, tree.prior))
     seen, total = visits > 0, visits.sum(1, keepdims=True)
-    weight = np.where(seen, np.maximum(prior, np.finfo(np.float32).tiny), 0)
-    mean = (weight * q).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    tiny = np.finfo(np.float32).tiny
+    weight = np.where(seen, np.maximum(prior, tiny), 0)
+    mean = (weight * q).sum(1, keepdims=True) / np.maximum(weight.sum(1, keepdims=True), tiny)
     mixed = (tree.prediction.take(node)[:, None] + total * mean) / (total + 1)
     return np.where(seen, q, mixed)
 
@@ -1045,9 +1021,8 @@ def sigma(tree: Tree, node: Array, c_visit: float = 50, c_scale: float = 0.1) ->
     mctx, from which the constants are (the paper's c_visit and c_scale)."""
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
-    rescaled = rescale(tree, completed, low, high)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
-    return (c_visit + visits) * c_scale * rescaled
+    return (c_visit + visits) * c_scale * rescale(tree, completed, low, high)
 
 
 def gumbel_search(
@@ -1059,13 +1034,11 @@ def gumbel_search(
     gumbel: Array,
     considered: int,
 ) -> tuple[Array, Array]:
-    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `legal` (B, A) holds at the root only; `gumbel`
-    (B, A): noise, or 0 for none.
+    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `gumbel` (B, A): noise, or 0 for none.
 
     Returns the improved policies (B, A) and the best of the actions that were tried most often (B,).
     """
-    roots = tree.roots
-    logits = tree.logits[roots]
+    roots, logits = tree.roots, tree.logits[tree.roots]
     base = gumbel + logits - logits.max(1, keepdims=True)
     schedules = np.array([halving_schedule(count, num_simulations) for count in range(considered + 1)])
     schedule = schedules[np.minimum(legal.sum(1), considered)]  # (B, N)
@@ -1103,18 +1076,15 @@ class Agent:
         check_spaces(observation_space, action_space)
         self.args, self.device, self.space = args, find_device(args.device), observation_space
         self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
-        shape, dtype = observation_space.shape, np.float32
-        if isinstance(observation_space, gym.spaces.Discrete):
-            shape = (int(observation_space.n),)
-        elif observation_space.dtype == np.uint8:
-            dtype = np.uint8
+        box = isinstance(observation_space, gym.spaces.Box)
+        shape = observation_space.shape if box else (int(observation_space.n),)
+        dtype = np.uint8 if box and observation_space.dtype == np.uint8 else np.float32
         convolutional = len(shape) == 3 if args.network == "auto" else args.network == "conv"
         if convolutional and len(shape) != 3:
             raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
         self.obs_shape = shape if convolutional else (math.prod(shape),)
         # Numbers of a vector can be of any size; those of boards, and one-hot ones, are what they should be.
-        box = isinstance(observation_space, gym.spaces.Box)
-        self.standardises = box and len(observation_space.shape) != 3 and dtype == np.float32
+        self.standardises = box and len(shape) != 3 and dtype == np.float32
         self.mean, self.std = np.zeros(self.obs_shape, np.float32), np.ones(self.obs_shape, np.float32)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
@@ -1122,8 +1092,8 @@ class Agent:
         # What the search sees: of a network for vectors on a CPU, arrays in the same memory.
         self.arrays = self.device.type == "cpu" and len(self.obs_shape) == 1
         self.view = {name: p.detach().numpy() if self.arrays else p.detach() for name, p in self.parameters.items()}
-        parameters = list(self.parameters.parameters())
-        self.optimizer = torch.optim.Adam(parameters, args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        weights = self.parameters.parameters()
+        self.optimizer = torch.optim.Adam(weights, args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
         self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.replay_size, args.follow)
         # Of each environment: policy, value and legal actions of the search in the present state, and the steps of the
@@ -1166,15 +1136,11 @@ class Agent:
 
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
-        policies found (B, A), actions (B,), values (B,) and the trees.
-
-        The values are those of the policies found. The mean of what came back through the root would be lower: a search
-        also tries actions of which it finds that they are bad.
-        """
+        policies found (B, A), actions (B,), the values of these policies (B,) and the trees."""
         args = self.args
         latent = self.infer(self.net.represent, self.unit(rows))
-        min_range = args.min_range * self.value_range
-        tree = Tree(latent, *self.heads(latent)[1:], legal, args.num_simulations, min_range)
+        _, logits, value = self.heads(latent)
+        tree = Tree(latent, logits, value, legal, args.num_simulations, args.min_range * self.value_range)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
@@ -1187,8 +1153,7 @@ class Agent:
                 tree.prior[tree.roots] = (1 - args.dirichlet_fraction) * prior + args.dirichlet_fraction * noise
             policy, action = muzero_search(*settings)
             if rng is not None:
-                weights = (policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)
-                cumulated = weights.cumsum(1)
+                cumulated = ((policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)).cumsum(1)
                 action = (rng.random((len(policy), 1)) * cumulated[:, -1:] < cumulated).argmax(1)
         return policy, action, (policy * completed_q(tree, tree.roots)).sum(1), tree
 
@@ -1215,11 +1180,10 @@ class Agent:
 
     def look_inside(self, policy: Array, tree: Tree) -> None:
         """Statistics of searches, for the logs."""
-        prior, (depth, width) = softmax(tree.logits[tree.roots]), (tree.depth, len(tree.value) // len(tree.roots))
-        for name, probability in (("before", prior), ("after", policy)):
+        for name, probability in (("before", softmax(tree.logits[tree.roots])), ("after", policy)):
             entropy = -(probability * np.log(np.maximum(probability, 1e-12))).sum(1)
             self.logs[f"planner/root_entropy_{name}"] = float(entropy.mean())
-        self.logs["planner/depth"] = float(depth.reshape(-1, width).max(1).mean())
+        self.logs["planner/depth"] = float(tree.depth.reshape(len(tree.roots), -1).max(1).mean())
 
     def act(self, obs: Any, info: dict | None = None) -> int:
         """An action for the one environment there is."""
@@ -1240,7 +1204,7 @@ class Agent:
         part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
         # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
-        # some actions are not allowed, the last state of a part is never searched, so that it is better to wait.
+        # some actions are not allowed it is better to wait, as the last state of a part is never searched.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
         length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
         if terminated or truncated or len(part) >= min(length, args.replay_size - 1):
@@ -1250,7 +1214,7 @@ class Agent:
     def store(self, part: list[tuple], last: Array, terminated: bool) -> None:
         """Puts a part of an episode into the replay: T tuples of `observe`, and the observation after them."""
         args, length = self.args, len(part)
-        obs, action, reward, policy, value, legal = (np.array(column) for column in zip(*part, strict=True))
+        obs, action, reward, policy, value, legal = map(np.array, zip(*part, strict=True))
         last_value = 0.0
         if terminated and args.gamma < 0:  # a value tells who won, as values are what all positions are trained for
             last_value, reward[-1] = -reward[-1], 0  # of the player who would be next
@@ -1299,11 +1263,12 @@ class Agent:
         while self.searched_again + args.batch_size <= steps * args.reanalyze_ratio:
             self.reanalyze(args.batch_size)
         while self.updates < steps * args.updates_per_step:
-            sizes, consistency = (args.batch_size, args.unroll_steps, args.td_steps), args.consistency_weight
-            rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, consistency > 0)
+            sizes = args.batch_size, args.unroll_steps, args.td_steps
+            rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, next_obs=args.consistency_weight > 0)
             batch |= {name: self.unit(batch[name]) for name in ("obs", "next_obs") if name in batch}
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
-            loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, args.value_weight, consistency)
+            weights = args.value_weight, args.consistency_weight
+            loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, *weights)
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** min(self.steps / args.decay_steps, 2)
             self.optimizer.zero_grad()
             loss.backward()
@@ -1343,15 +1308,15 @@ class Agent:
         """What a search without noise finds: for each action visits, prior, Q and the reward foreseen, and behind it
         the same for the actions of the state that it leads to."""
         _, action, value, tree = self.plan(self.row(obs)[None], self.legal(info)[None], None)
-        lines = [f"search of {self.args.num_simulations} simulations: value {value[0]:.3g}, action "]
-        lines[0] += str(action[0] + self.first_action)
+        chosen = f"value {value[0]:.3g}, action {action[0] + self.first_action}"
+        lines = [f"search of {self.args.num_simulations} simulations: {chosen}"]
 
         def describe(node: int, level: int) -> None:
             for edge in np.argsort(-tree.edge_visits[node], kind="stable"):
-                if visits := tree.edge_visits[node, edge]:
-                    values = f"Q {tree.q[node, edge]:.3g}, reward {tree.reward[node, edge]:.3g}"
-                    lines.append(f"{'    ' * level}{edge + self.first_action}: {visits} visits, {values}, prior ")
-                    lines[-1] += f"{tree.prior[node, edge]:.2f}"
+                visits, q, reward, prior = (a[node, edge] for a in (tree.edge_visits, tree.q, tree.reward, tree.prior))
+                if visits:
+                    found = f"{visits} visits, Q {q:.3g}, reward {reward:.3g}, prior {prior:.2f}"
+                    lines.append(f"{'    ' * level}{edge + self.first_action}: {found}")
                     if level < levels:
                         describe(tree.child[node, edge], level + 1)
 
@@ -1361,15 +1326,12 @@ class Agent:
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
         self.metrics()  # so that a resumed run logs the same
-        rng = self.rng.bit_generator.state
         return {
             "parameters": self.parameters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
-            "rng": json.dumps(rng),
-            "parts": [
-                [torch.from_numpy(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts
-            ],
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "parts": [[torch.tensor(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts],
             "scale": [torch.from_numpy(self.mean), torch.from_numpy(self.std)],
             "counts": [self.steps, self.updates, self.searched_again],
             "measured": [self.value_range, self.measured, self.masked],
@@ -1381,10 +1343,7 @@ class Agent:
         for name in ("parameters", "optimizer", "replay"):
             getattr(self, name).load_state_dict(state[name])
         self.rng.bit_generator.state = json.loads(state["rng"])
-        columns = [
-            [column.numpy() if column.ndim > 1 else column.tolist() for column in part] for part in state["parts"]
-        ]
-        self.parts = [list(zip(*part, strict=True)) for part in columns]
+        self.parts = [list(zip(*(column.numpy() for column in part), strict=True)) for part in state["parts"]]
         self.mean, self.std = (part.numpy() for part in state["scale"])
         (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
         self.value_range, self.measured, self.masked = state["measured"]
@@ -1672,39 +1631,45 @@ def provenance() -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Train
 # ---------------------------------------------------------------------------------------------------------------------
+def ask(allowed: Array) -> int | None:
+    """A move that the player types, asked for until it is one of those allowed; None: nothing was typed."""
+    while True:
+        print("Your move: ", end="", flush=True)
+        text = sys.stdin.readline().strip()
+        if not text:
+            return None
+        if text.isdecimal() and int(text) in allowed:
+            return int(text)
+        print(f"Allowed are {', '.join(map(str, allowed))}.")
+
+
 def play(folder: str, device: str) -> dict:
     """Games in the terminal against the agent of a run, who searches as it does in evaluations."""
     args = dataclasses.replace(saved_args(folder), device=device)
-    if not isinstance(make_env(args).unwrapped, KInARow):
+    game = make_env(args).unwrapped
+    if not isinstance(game, KInARow):
         raise Failure(f"--play is for the board games of this script, not for {args.env_id}")
+    if game.opponent is not None:
+        raise Failure(f"{folder} was trained against an opponent in --env-kwargs; --play is for self-play")
     env = make_env(args, "ansi")
     agent = Agent(env.observation_space, env.action_space, args)
     try:
         agent.load_state_dict(read_checkpoint(Path(folder) / CHECKPOINT)["agent"])
     except Exception as error:
         raise Failure(f"cannot read the agent of {folder}: {type(error).__name__}: {error}") from error
-    if env.unwrapped.opponent is not None:
-        raise Failure(f"{folder} was trained against an opponent in --env-kwargs; --play is for self-play")
     policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
-    for game in itertools.count():
+    for number in itertools.count():
         (obs, info), done = env.reset(), False
-        print(f"You are {'XO'[game % 2]}; moves are counted from 0, from left and top. Enter alone ends the game.")
+        print(f"You are {'XO'[number % 2]}; moves are counted from 0, from left and top. Enter alone ends the game.")
         while not done:
             print(f"{env.render()}\n")
-            yours = env.unwrapped.turns % 2 == game % 2
+            yours = env.unwrapped.turns % 2 == number % 2
+            action = ask(info["action_mask"].nonzero()[0]) if yours else policy(obs, info)
+            if action is None:
+                print(f"You have won {results['won']}, lost {results['lost']}, drawn {results['drawn']}.")
+                return results
             if not yours:
-                action = policy(obs, info)
                 print(f"My move: {action}")
-            while yours:
-                print("Your move: ", end="", flush=True)
-                text = sys.stdin.readline().strip()
-                if not text:
-                    print(f"You have won {results['won']}, lost {results['lost']}, drawn {results['drawn']}.")
-                    return results
-                if text.isdecimal() and int(text) < len(info["action_mask"]) and info["action_mask"][int(text)]:
-                    action = int(text)
-                    break
-                print(f"Allowed are {', '.join(map(str, info['action_mask'].nonzero()[0]))}.")
             obs, reward, done, _, info = env.step(action)
         result = "drawn" if not reward else "won" if yours else "lost"
         results[result] += 1
