@@ -160,7 +160,8 @@ class Args:
     """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
     them, rewards are the mover's, `support` is the largest of them, and `td_steps` as long as a game."""
     search: Literal["puct", "gumbel"] = "gumbel"
-    """Tree search: MuZero's, or Gumbel MuZero's, which needs fewer simulations. What MuZero's explores can be set."""
+    """Tree search: MuZero's, which `dirichlet_alpha`, `dirichlet_fraction` and `temperature` belong to, or Gumbel
+    MuZero's, with `max_considered`, which needs fewer simulations."""
     num_simulations: Annotated[int, 1, 10**5] = 16
     """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
     max_considered: Annotated[int, 1, 10**5] = 16
