@@ -75,16 +75,18 @@ VECTORS, IMAGES = ["cem_mpc", "mbpo", "muzero"], ["muzero", "dreamer"]
 TABULAR_BLOCKS = ["Maze", "DYNA_MAZE", "table_key", "random_argmax", "draw_grid", "train"]
 ENSEMBLE = ["cem_mpc", "mbpo"]
 ENSEMBLE_BLOCKS = ["Layers", "Networks", "mlp", "Ensemble", "ensemble_losses", "ensemble_loss", "fit", "diagnose"]
-ENSEMBLE_BLOCKS += ["Buffer", "load_function", "bounded", "train"]
+ENSEMBLE_BLOCKS += ["Buffer", "load_function", "bounded", "Agent.relabel", "train"]
 LITTLE = {"total_timesteps": 500, "eval_episodes": 2}
 SMALL = ["--total-timesteps", "600", "--eval-every", "300", "--checkpoint-every", "200", "--eval-episodes", "2"]
 
 
 def source(script: ModuleType, name: str) -> str:
-    """The text of a top-level definition or of the assignments to a name."""
-    tree, text = ast.parse(inspect.getsource(script)), inspect.getsource(script)
-    found = [node for node in tree.body if name in {getattr(node, "name", None), *targets(node)}]
-    assert found, f"{script.__name__} has no {name}"
+    """The text of a top-level definition, of a method (`Agent.act`) or of the assignments to a name."""
+    text = inspect.getsource(script)
+    found = [ast.parse(text)]
+    for part in name.split("."):
+        found = [node for node in found[0].body if part in {getattr(node, "name", None), *targets(node)}]
+        assert found, f"{script.__name__} has no {name}"
     return "\n".join(ast.get_source_segment(text, node) for node in found)
 
 
