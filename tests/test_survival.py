@@ -13,69 +13,107 @@ import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import tyro
 from conftest import (
     CORRIDOR,
     ROOT,
     SCRIPTS,
     TABULAR,
-    command,
     learned,
     only_run,
     plain,
     result,
     scalars,
-    start,
     tiny_args,
+    with_tiny,
 )
 
 pytestmark = pytest.mark.slow
 KILLS, DAMAGES = 17, 170  # of each of the six scripts
+WATCHED = ("evaluate", "write_checkpoint")  # a kill is counted, too, where one of these is at work
 
 
 def test_survival_of_kills(script: ModuleType, tmp_path, capsys):
     """Killed again and again, at any moment from before the first checkpoint on: while it acts, trains, evaluates, and
     writes a checkpoint, of which there are many."""
     rng = random.Random(f"kills {script.__name__}")
-    long, often = (200_000, 200) if script.__name__ in TABULAR else (2_000, 20)
-    args = ["--total-timesteps", long, "--checkpoint-every", often, "--eval-every", 2 * often, "--eval-episodes", 1]
-    begun = time.time()
-    assert start(script, *args, "--run-dir", tmp_path / "whole").returncode == 0
-    whole, takes = only_run(tmp_path / "whole"), time.time() - begun
+    long, often, episodes = (100_000, 200, 50) if script.__name__ in TABULAR else (1_000, 20, 1)
+    args = ["--total-timesteps", long, "--checkpoint-every", often, "--eval-every", 2 * often]
+    args += ["--eval-episodes", episodes]
 
     def begin(*words: object) -> subprocess.Popen:
-        return subprocess.Popen(command(script, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        code = f"import test_survival; test_survival.watched('{script.__name__}', '{tmp_path}')"
+        words = [sys.executable, "-c", code, *with_tiny(script.__name__, words)]
+        return subprocess.Popen(
+            [str(word) for word in words],
+            cwd=Path(__file__).parent,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-    run, kills, before_the_first, ended = None, 0, 0, 0
-    process = begin(*args, "--run-dir", tmp_path / "killed")
+    def end(process: subprocess.Popen, timeout: float | None = None) -> None:
+        _, stderr = process.communicate(timeout=timeout)
+        assert process.returncode == 0, stderr
+
+    begun = time.time()
+    end(begin(*args, "--run-dir", tmp_path / "whole"))
+    whole, takes = run_in(tmp_path / "whole"), time.time() - begun
+    kills, before_the_first, ended, during = 0, 0, 0, dict.fromkeys(WATCHED, 0)
+    process = begin(*args, "--run-dir", tmp_path / "0")
     while kills < KILLS:
         try:
-            process.wait(timeout=rng.uniform(0.2, 0.7) * takes)
-            assert process.returncode == 0, process.stderr.read()
+            end(process, rng.uniform(0.2, 0.7) * takes)
+            check(script, run_in(tmp_path / str(ended)), whole)
             ended += 1  # it was at its end already: once more, from a new beginning
-            check(script, run, whole)
-            run, number = None, ended
-            process = begin(*args, "--run-dir", tmp_path / f"killed again {number}")
+            process = begin(*args, "--run-dir", tmp_path / str(ended))
             continue
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        folder = tmp_path / ("killed" if not ended else f"killed again {ended}")
-        found = [path.parent for path in folder.glob(f"*/*{script.CHECKPOINT}") if not path.name.startswith("new.")]
-        if not found:  # nothing was there to go on from
-            before_the_first += 1
-            process = begin(*args, "--run-dir", folder)
-            continue
-        run = found[0]
-        process = begin("--resume", run)
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
-    if run is not None:
-        check(script, run, whole)
+            for function in WATCHED:
+                mark = tmp_path / function
+                during[function] += mark.exists()
+                mark.unlink(missing_ok=True)
+        run = run_in(tmp_path / str(ended))
+        before_the_first += run is None or not (run / script.CHECKPOINT).exists()
+        process = begin("--resume", run) if run else begin(*args, "--run-dir", tmp_path / str(ended))
+    end(process)
+    check(script, run_in(tmp_path / str(ended)), whole)
     with capsys.disabled():
-        print(f"\n{script.__name__}: {kills} kills, {before_the_first} before the first checkpoint, {ended + 1} runs")
+        where = ", ".join(f"{count} in {function}" for function, count in during.items())
+        print(f"\n{script.__name__}: {kills} kills ({before_the_first} before the first checkpoint, {where})", end="")
+        print(f" of {ended + 1} runs, each of which ended as if nothing had happened")
+
+
+def run_in(folder: Path) -> Path | None:
+    """The run folder in `folder`, if one was begun there: its arguments are the first thing that it holds."""
+    return next((path.parent for path in folder.glob("*/args.json")), None)
+
+
+def watched(name: str, folder: str) -> None:
+    """Runs a script in such a way that a file in `folder` says in which function it is."""
+    script = importlib.import_module(name)
+
+    def watch(owner: Any, function: str) -> None:
+        original, mark = getattr(owner, function), Path(folder) / function
+
+        def call(*args: Any) -> Any:
+            mark.touch()
+            returned = original(*args)
+            mark.unlink()
+            return returned
+
+        setattr(owner, function, call)
+
+    watch(script.Run, "evaluate")
+    watch(script, "write_checkpoint")
+    script.main()
 
 
 def check(script: ModuleType, run, whole) -> None:
@@ -139,20 +177,20 @@ def test_survival_of_damaged_checkpoints(name: str, tmp_path, capsys):
         print(f"\n{name}: {DAMAGES} damaged checkpoints, {refused} refused, the others read as they were written")
 
 
-LONG = {
-    "total_timesteps": 1_000_000,
-    "updates_per_step": 0.02,
-    "train_ratio": 0.01,
-    "train_every": 1_000,
-    "num_envs": 1,
+LONG = {  # what keeps a million steps to minutes
+    "cem_mpc": "--train-every 1000 --ensemble-size 1 --num-elites 1 --particles 1 --planner random_shooting"
+    " --population 2 --num-best 1 --horizon 1",
+    "mbpo": "--train-every 1000 --updates-per-step 0",
+    "muzero": "--num-envs 1 --num-simulations 1 --updates-per-step 0.002",
+    "dreamer": "--num-envs 1 --train-ratio 0.01",
 }
 
 
-def endure(name: str) -> None:
+def endure(name: str, steps: int = 1_000_000) -> None:
     """Steps of an agent, a million: prints steps a second and megabytes after 20,000 and at the end."""
     script = importlib.import_module(name)
-    fields = {field: value for field, value in LONG.items() if hasattr(script.Args, field)}
-    args = tiny_args(script, env_id=CORRIDOR.get(name, "Corridor-v0"), **fields)
+    words = [*with_tiny(name, ()), *LONG.get(name, "").split(), "--env-id", CORRIDOR.get(name, "Corridor-v0")]
+    args = tyro.cli(script.Args, args=[*words, "--total-timesteps", str(steps)])
     env = script.make_env(args)
     agent, episode, window = script.Agent(env.observation_space, env.action_space, args), script.Episode(env, 1), 10_000
     begun, seen = 0.0, []
