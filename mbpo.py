@@ -49,7 +49,7 @@ Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model 
     Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.2 times the steps        5 to 10
     InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000 steps   10 to 16
     InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
-    Reacher-v5                  5,000  -6.2, -5.3, -6.8                          -8.4, -7.9, -9.6           17 to 22
+    Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 22
     Hopper-v5                  25,000  826 (the authors' curve takes off later)  not tried                  some 300
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
