@@ -161,6 +161,10 @@ def draw_panel(
         axes.plot(x, centre, color=colour, linewidth=1.8)
         axes.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0)
         labels.append((entry.label, colour, (centre[-1] - low) / (high - low)))
+    for label, points in suite.published if times is None else ():
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=GREY, linewidth=1.4, linestyle="--", marker="o", markersize=3)
+        labels.append((label, GREY, (y[-1] - low) / (high - low)))
     if suite.horizontal:
         height, text = suite.horizontal
         axes.axhline(height, color=GREY, linewidth=0.8)

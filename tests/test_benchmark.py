@@ -150,6 +150,15 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     assert 170 <= inside <= 200
 
 
+def test_published_curves_are_drawn_dashed_with_their_label():
+    suite = suites.SUITES["dreamer_reacher"]
+    ((label, points),) = suite.published
+    (axes,) = plot.draw(suite).axes
+    (line,) = (line for line in axes.lines if line.get_linestyle() == "--")
+    np.testing.assert_array_equal(line.get_xydata(), points)
+    assert label in {text.get_text() for text in axes.texts}
+
+
 def test_cumulative_return_jumps_where_an_episode_ends():
     suite = dataclasses.replace(SMALL, curve="cumulative return", xlim=(0, 300))
     x, (total,) = plot.curves_of(suite, [np.array([[50.0, 1.0, 50.0], [200.0, 2.0, 150.0]])])
