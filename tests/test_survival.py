@@ -181,7 +181,7 @@ LONG = {  # what keeps a million steps to minutes
     "cem_mpc": "--train-every 1000 --ensemble-size 1 --num-elites 1 --particles 1 --planner random_shooting"
     " --population 2 --num-best 1 --horizon 1",
     "mbpo": "--train-every 1000 --updates-per-step 0",
-    "muzero": "--num-envs 1 --num-simulations 1 --updates-per-step 0.002",
+    "muzero": "--num-envs 1 --num-simulations 1 --updates-per-step 0.002 --reanalyze-ratio 0.1 --priority-exponent 0.6",
     "dreamer": "--num-envs 1 --train-ratio 0.01",
 }
 
