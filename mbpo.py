@@ -171,7 +171,8 @@ class Args:
     model that had seen little mislead for as long."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
-    deviation of their means, in units of that of a step's change, averaged over dimensions."""
+    deviation of their means, in units of that of a step's change, averaged over dimensions. (On the pendulum after
+    3,000 steps it is 0.01 in most states, and 0.1 at most.)"""
     weigh_disagreement: bool = False
     """Not in the paper: imagined transitions weigh 1 / (1 + disagreement) in the critics' loss."""
     reward_fn: str | None = None

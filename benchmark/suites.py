@@ -536,7 +536,7 @@ DECLARED = (
         title="MBPO that trusts its model less where the ensemble disagrees (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
-            Entry("rollouts end there", "mbpo.py", "Pendulum-v1", 3_000, 3, "--max-disagreement 0.5"),
+            Entry("rollouts end there", "mbpo.py", "Pendulum-v1", 3_000, 3, "--max-disagreement 0.05"),
             Entry("transitions weigh less", "mbpo.py", "Pendulum-v1", 3_000, 3, "--weigh-disagreement"),
         ),
         **MBPO_CLAIM,
