@@ -134,7 +134,8 @@ def spread(heights: list[float]) -> list[float]:
 
 def over_minutes(runs: list[np.ndarray], times: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """As `curves_of`, over the minutes that all runs took: a return holds until the next evaluation is done."""
-    x = np.linspace(max(time[0] for time in times), min(time[-1] for time in times), 101)
+    begin, end = max(time[0] for time in times), min(time[-1] for time in times)
+    x = np.linspace(begin, end, 101) if begin < end else np.array([begin])  # each run was evaluated once
     last = [np.searchsorted(time, x, side="right") - 1 for time in times]
     return x, np.stack([run[index, 1] for run, index in zip(runs, last, strict=True)])
 
@@ -158,8 +159,8 @@ def draw_panel(
         x, scores = curves_of(suite, runs) if times is None else over_minutes(runs, times[env, entry.label])
         centre, lower, upper = summarize(suite, scores)
         colour = GREY if entry.baseline else colours[entry.label]
-        axes.plot(x, centre, color=colour, linewidth=1.8)
-        axes.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(x, centre, color=colour, linewidth=1.8, marker="o" if len(x) == 1 else None)
+        axes.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0 if len(x) > 1 else 3)
         labels.append((entry.label, colour, (centre[-1] - low) / (high - low)))
     for label, points in suite.published if times is None else ():
         x, y = zip(*points, strict=True)

@@ -159,6 +159,13 @@ def test_published_curves_are_drawn_dashed_with_their_label():
     assert label in {text.get_text() for text in axes.texts}
 
 
+def test_runs_that_were_evaluated_once_are_a_point():
+    runs, times = [np.array([[2_000.0, value, 9.0]]) for value in (1.0, 3.0)], [np.array([2.0]), np.array([5.0])]
+    x, scores = plot.over_minutes(runs, times)
+    assert x.tolist() == [5.0]
+    assert scores.tolist() == [[1.0], [3.0]]
+
+
 def test_cumulative_return_jumps_where_an_episode_ends():
     suite = dataclasses.replace(SMALL, curve="cumulative return", xlim=(0, 300))
     x, (total,) = plot.curves_of(suite, [np.array([[50.0, 1.0, 50.0], [200.0, 2.0, 150.0]])])
