@@ -203,7 +203,9 @@ def table(suite: Suite) -> str:
     for env, algorithms in found.items():
         for label, runs in algorithms.items():
             x, scores = curves_of(suite, runs)
-            columns = [x.searchsorted(at) for at in suite.table_at if at <= x[-1]]
+            found_at = {at: x.searchsorted(at) for at in suite.table_at if at <= x[-1]}
+            found_at = {at: column for at, column in found_at.items() if x[column] < 1.05 * at + 1}  # PPO: a bit later
+            columns = list(found_at.values())
             numbers = zip(*(values[columns] for values in summarize(suite, scores)), strict=True)
             if suite.statistic == "mean":
                 cells = [f"{centre:.1f} ± {upper - centre:.1f}" for centre, _, upper in numbers]
@@ -212,8 +214,9 @@ def table(suite: Suite) -> str:
                 cells = [
                     f"{centre:.{digits}f} [{lower:.{digits}f}, {upper:.{digits}f}]" for centre, lower, upper in numbers
                 ]
-            cells += [""] * (len(suite.table_at) - len(cells))
-            lines.append(f"| {label if len(found) == 1 else f'{env}, {label}'} | " + " | ".join(cells) + " |")
+            cells = dict(zip(found_at, cells, strict=True))
+            row = " | ".join(cells.get(at, "") for at in suite.table_at)
+            lines.append(f"| {label if len(found) == 1 else f'{env}, {label}'} | {row} |")
     for row in suite.quoted:
         lines.append("| " + " | ".join(row + ("",) * (1 + len(suite.table_at) - len(row))) + " |")
     return "\n".join(lines)

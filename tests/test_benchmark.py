@@ -159,6 +159,13 @@ def test_published_curves_are_drawn_dashed_with_their_label():
     assert label in {text.get_text() for text in axes.texts}
 
 
+def test_a_table_is_empty_where_nothing_was_evaluated_yet(monkeypatch):
+    suite = dataclasses.replace(SMALL, curve="return", statistic="iqm", table_at=(1_000, 2_000, 3_000))
+    runs = {"CartPole-v1": {"late": [np.array([[2_008.0, 1.0, 9.0]])]}}
+    monkeypatch.setattr(plot, "read_runs", lambda _: runs)
+    assert [cell.strip() != "" for cell in plot.table(suite).splitlines()[2].split("|")[2:5]] == [False, True, False]
+
+
 def test_runs_that_were_evaluated_once_are_a_point():
     runs, times = [np.array([[2_000.0, value, 9.0]]) for value in (1.0, 3.0)], [np.array([2.0]), np.array([5.0])]
     x, scores = plot.over_minutes(runs, times)
