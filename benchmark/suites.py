@@ -418,7 +418,7 @@ DECLARED = (
         ),
         arguments="--eval-episodes 1",
         xlim=(200, 800),
-        ylim=(-1_700, 0),
+        ylim=(-1_300, 0),
         table_at=(200, 400, 600, 800),
         **EVALUATIONS | {"collect": "episodes", "ylabel": "return of an episode"},
     ),
