@@ -186,11 +186,11 @@ LONG = {  # what keeps a million steps to minutes
 }
 
 
-def endure(name: str, steps: int = 1_000_000) -> None:
+def endure(name: str) -> None:
     """Steps of an agent, a million: prints steps a second and megabytes after 20,000 and at the end."""
     script = importlib.import_module(name)
     words = [*with_tiny(name, ()), *LONG.get(name, "").split(), "--env-id", CORRIDOR.get(name, "Corridor-v0")]
-    args = tyro.cli(script.Args, args=[*words, "--total-timesteps", str(steps)])
+    args = tyro.cli(script.Args, args=[*words, "--total-timesteps", "1000000"])
     env = script.make_env(args)
     agent, episode, window = script.Agent(env.observation_space, env.action_space, args), script.Episode(env, 1), 10_000
     begun, seen = 0.0, []
