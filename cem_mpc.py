@@ -47,8 +47,8 @@ Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a se
 
     environment          steps  returns                                              minutes
     Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)             4 to 9
-    Reacher-v5           1,000  -6.6, -7.2, -7.6, -8.1, -8.9 (mean: -7.7)            9 to 12
-    InvertedPendulum-v5  2,000  864, 1000, 1000, 1000, 1000 (1000 is the maximum)    10 to 23
+    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                        9 to 12
+    InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                10 to 11
     CartPole-v1          3,000  500, the maximum (4 seeds; at 1,000 and 2,000, too)  25
 """
 

@@ -46,15 +46,14 @@ Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model 
          a CPU core (a random policy scores about -1,200 on Pendulum-v1):
 
     environment                 steps  MBPO                                      without a model            minutes
-    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.2 times the steps        5 to 10
-    InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000 steps   7 to 16
+    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.3 times the steps        5 to 10
+    InvertedPendulum-v5         3,000  1000, the maximum (3 of 3 seeds)          101, 177, 100 at 6,000     6 to 7
     InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
     Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 22
-    Hopper-v5                  25,000  826 (the authors' curve takes off later)  not tried                  some 300
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
-         but no model, it takes 1,000 to 1,500 steps (5 seeds), InvertedPendulum-v5 has 1000 at 2,000 steps as with one
-         (3 seeds), and InvertedDoublePendulum-v5 9359 at 1,000 (one seed): there a model brings nothing beyond them.
+         but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps as with
+         one (3 seeds): there a model brings nothing beyond them.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -131,6 +132,35 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
     assert (suites.RESULTS / f"{suite.name}.svg").exists()
     text = plot.page_of(suite).read_text()
     assert f"<!-- {suite.name} -->\n\n{plot.tables(suite)}\n\n<!-- end -->" in text  # as `report` writes them
+
+
+@pytest.mark.parametrize(
+    ("script", "suite", "label"),
+    [
+        ("cem_mpc", "pendulum", "PETS"),
+        ("cem_mpc", "inverted_pendulum", "PETS"),
+        ("cem_mpc", "reacher", "PETS"),
+        ("mbpo", "pendulum", "MBPO"),
+        ("mbpo", "inverted_pendulum", "without model, 1 update a step"),
+        ("mbpo", "double_pendulum", "MBPO"),
+        ("mbpo", "double_pendulum", "without model, 1 update a step"),
+        ("mbpo", "reacher", "MBPO"),
+        ("mbpo", "reacher", "without model, 1 update a step"),
+        ("muzero", "acrobot", "MuZero"),
+        ("dreamer", "dreamer_pendulum", "Dreamer (GPU)"),
+    ],
+)
+def test_what_a_script_says_to_expect_is_what_was_measured(script: str, suite: str, label: str):
+    (runs,) = (runs[label] for runs in plot.read_runs(suites.SUITES[suite]).values())
+    final = [run[-1, 1] for run in runs]
+    said = re.findall(r"-?\d[\d.]*(?:, -?\d[\d.]*)+", importlib.import_module(script).__doc__)
+    decimals = 1 if suite == "reacher" else 0
+    assert sorted(f"{value:.{decimals}f}" for value in final) in [sorted(numbers.split(", ")) for numbers in said]
+    if suite == "pendulum":
+        readme = (ROOT / "README.md").read_text()
+        mean, best, worst = (f"{value:.0f}" for value in (np.mean(final), max(final), min(final)))
+        assert f"(mean: {mean})" in importlib.import_module(script).__doc__
+        assert f"return {mean} (mean of {len(final)} seeds, {best} to {worst})" in readme
 
 
 def test_interquartile_mean():
