@@ -133,9 +133,10 @@ def spread(heights: list[float]) -> list[float]:
 
 
 def over_minutes(runs: list[np.ndarray], times: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """As `curves_of`, over the minutes that all runs took: a return holds until the next evaluation is done."""
+    """As `curves_of`, over the minutes that all runs took: a return holds until the next evaluation is done. A point,
+    where the last run is first evaluated, if the first one has ended by then."""
     begin, end = max(time[0] for time in times), min(time[-1] for time in times)
-    x = np.linspace(begin, end, 101) if begin < end else np.array([begin])  # each run was evaluated once
+    x = np.linspace(begin, end, 101) if begin < end else np.array([begin])
     last = [np.searchsorted(time, x, side="right") - 1 for time in times]
     return x, np.stack([run[index, 1] for run, index in zip(runs, last, strict=True)])
 

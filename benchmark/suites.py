@@ -74,6 +74,7 @@ ONE_NETWORK = "--ensemble-size 1 --num-elites 1"
 MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
 PETS_PENDULUM = Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5)
 MBPO_PENDULUM = Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5)
+MUZERO_CART_POLE = Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20")
 SB3 = "benchmark/baselines.py"
 CUMULATIVE: dict[str, Any] = {
     "collect": "episodes",
@@ -307,12 +308,37 @@ DECLARED = (
         threshold=-9.4,
         **EVALUATIONS,
     ),
+    # The authors' settings, who go on to 400,000 steps. A run of MBPO takes more than an hour.
+    Suite(
+        name="half_cheetah",
+        title="HalfCheetah-v5",
+        entries=(
+            Entry("MBPO", "mbpo.py", "HalfCheetah-v5", 15_000, 3),
+            Entry(
+                "without model, 40 updates a step",
+                "mbpo.py",
+                "HalfCheetah-v5",
+                15_000,
+                3,
+                "--real-ratio 1",
+                baseline=True,
+            ),
+            Entry("without model, 1 update a step", "mbpo.py", "HalfCheetah-v5", 15_000, 3, MODEL_OFF, baseline=True),
+            Entry("SB3 SAC", SB3, "HalfCheetah-v5", 15_000, 3, "--algorithm sac", baseline=True),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 15_000),
+        ylim=(-500, 6_000),
+        table_at=(5_000, 6_000, 8_000, 10_000, 12_000, 15_000),
+        **EVALUATIONS,
+    ),
     # Discrete actions.
     Suite(
         name="cart_pole",
         title="CartPole-v1",
         entries=(
-            Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20"),
+            Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 3, "--eval-every 500"),
+            MUZERO_CART_POLE,
             Entry("Dreamer (GPU)", "dreamer.py", "CartPole-v1", 50_000, 5, gpus=0.1),
             Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "CartPole-v1", 30_000, 5, "--algorithm ppo", baseline=True),
@@ -328,7 +354,9 @@ DECLARED = (
         name="acrobot",
         title="Acrobot-v1",
         entries=(
+            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 3, "--eval-every 2000 --eval-episodes 5"),
             Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
+            Entry("Dreamer", "dreamer.py", "Acrobot-v1", 20_000, 3, "--eval-every 2000 --eval-episodes 5"),
             Entry("SB3 DQN", SB3, "Acrobot-v1", 20_000, 5, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "Acrobot-v1", 20_000, 5, "--algorithm ppo", baseline=True),
         ),
@@ -422,6 +450,31 @@ DECLARED = (
         table_at=(200, 400, 600, 800),
         **EVALUATIONS | {"collect": "episodes", "ylabel": "return of an episode"},
     ),
+    # MuZero without one of its parts.
+    Suite(
+        name="muzero_parts",
+        title="MuZero without one of its parts (CartPole-v1)",
+        entries=(
+            MUZERO_CART_POLE,
+            *(
+                Entry(label, "muzero.py", "CartPole-v1", 10_000, 3, f"--eval-episodes 20 {arguments}")
+                for label, arguments in (
+                    ("pUCT", "--search puct"),
+                    ("no consistency loss", "--consistency-weight 0"),
+                    ("no reanalysis", "--reanalyze-ratio 0 --follow 0"),
+                    ("priorities", "--priority-exponent 1"),
+                    ("all n rewards", "--follow 0"),
+                    ("min_range 0", "--min-range 0"),
+                )
+            ),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 10_000),
+        ylim=(0, 520),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000),
+        threshold=475,
+        **EVALUATIONS,
+    ),
     # What the textbooks say, measured: benchmark/claims.
     Suite(
         name="claims/model_error",
@@ -504,6 +557,15 @@ DECLARED = (
             MBPO_PENDULUM,
             Entry(
                 "without model, 10 updates a step", "mbpo.py", "Pendulum-v1", 3_000, 5, "--real-ratio 1", baseline=True
+            ),
+            Entry(
+                "the same, DroQ's critics",
+                "mbpo.py",
+                "Pendulum-v1",
+                3_000,
+                3,
+                "--real-ratio 1 --critic-layer-norm --critic-dropout 0.01",
+                baseline=True,
             ),
         ),
         **MBPO_CLAIM,

@@ -311,7 +311,7 @@ def test_capacity_of_the_pool_is_length_times_rollouts_times_trainings():
 
 
 def test_what_is_logged_of_the_pool():
-    agent = small_agent(60, rollouts=20, keep_trainings=3, learning_starts=30)
+    agent = small_agent(60, rollouts=20, keep_trainings=3, learning_starts=30, critic_dropout=0.5)  # dropped: nothing
     agent.train_model()
     assert agent.logs["planner/pool_age"] == 0
     for _ in range(40):
