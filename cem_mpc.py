@@ -28,11 +28,12 @@ The algorithm (Chua et al. 2018, "Deep Reinforcement Learning in a Handful of Tr
                 Move the distribution of sequences to the best of them
             Take the first action of the mean of the distribution; add the step to D             (section 5.2)
 
-Settings come from the authors' code, kchua/handful-of-trials, or the field names theirs. What else differs:
+Settings are those of the authors' code, kchua/handful-of-trials; where one differs, its field says what theirs is. What
+else differs:
 
     - Rewards and terminations are learned, each by networks of their own, so that an environment is all that is needed
-      (the authors give functions, and inputs made for each task). Terminations are few, and none must be overlooked:
-      where episodes end by chance, the networks expect it far too often.
+      (the authors give functions, and inputs made for each task). Terminations are few and none must be overlooked, so
+      they weigh more in training; the price: where episodes end by chance, an end is expected far too often.
     - A search imagines 960 sequences for each action, counting particles, and not 40,000; it never stops early.
     - Targets are standardised like inputs. Trainings have a hold-out set and stop early, as in MBPO (Janner et al.
       2019; code jannerm/mbpo).
@@ -45,11 +46,11 @@ Run:     python cem_mpc.py
 Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores (a random
          policy scores about -1,200 on Pendulum-v1):
 
-    environment          steps  returns                                              minutes
-    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)             4 to 9
-    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                        9 to 12
-    InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                10 to 11
-    CartPole-v1          3,000  500, the maximum (4 seeds; at 1,000 and 2,000, too)  25
+    environment          steps  returns                                               minutes
+    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              4 to 9
+    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12
+    InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                 10 to 11
+    CartPole-v1          2,000  500, the maximum (3 of 3 seeds; 494 to 500 at 1,000)  11 to 14
 """
 
 import argparse
@@ -130,13 +131,14 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     init_from: str | None = None
-    """Run folder whose model and data to start from. With `--total-timesteps 0` this plans from a fixed data set; the
-    same model is put to another task with `--reward-fn`; without either it goes on learning, in a changed environment
-    from old and new data together: a mean of both worlds until the new data prevail."""
+    """Run folder whose model and data to start from: to plan with fixed data (`--total-timesteps 0`), for another task
+    (`--reward-fn`), or to learn on from old and new data together (where the environment has changed, the model is a
+    mean of both worlds until the new data prevail)."""
     reward_fn: str | None = None
-    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
+    """`module:function` for the reward: tensors obs (flattened), action (in the environment's units; Discrete: one-hot)
+    and next_obs, of shapes (..., size), to (...). None: it is learned."""
     termination_fn: str | None = None
-    """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
+    """`module:function` for the termination, called in the same way: a tensor of bool. None: it is learned."""
     learning_starts: Annotated[int, 1, math.inf] = 200
     """Steps with uniformly random actions before anything is learned (PETS: one trial)."""
     gamma: Annotated[float, 0, 1] = 0.99
@@ -145,16 +147,18 @@ class Args:
     ensemble_size: Annotated[int, 1, 1000] = 5
     """Networks in the ensemble (PETS: 5, MBPO: 7)."""
     num_elites: int = 5
-    """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)."""
+    """Networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7; what PETS' code calls
+    num_elites is `num_best`)."""
     hidden: tuple[int, ...] = (200, 200, 200)
     """Units of each hidden layer of the dynamics networks (PETS: 3 or 4 layers of 200; CartPole 3 of 500)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
-    """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO)."""
+    """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO,
+    and PETS for HalfCheetah, with one more; PETS for other tasks: 4 to 10 times as much)."""
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
-    """Step size of Adam for the ensemble (PETS, MBPO)."""
+    """Step size of Adam for the ensemble (MBPO; PETS, too, but for Reacher 7.5e-4)."""
     model_batch_size: Annotated[int, 1, 10**6] = 256
-    """Rows per network and update, as soon as there are enough for 16 steps an epoch; before, fewer, but not
-    fewer than 32 (MBPO: 256, PETS: 32)."""
+    """Largest batch of a network: a batch is a sixteenth of the training rows, but at least 32 and at most this (MBPO:
+    256, PETS: 32)."""
     train_every: Annotated[int, 1, math.inf] = 50
     """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
     patience: Annotated[int, 1, 10**6] = 5
@@ -211,10 +215,25 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 3_000, "terminal_value": True, "horizon": 15, "train_every": 100}
-    | {"hidden": (128, 128), "weight_decay": (2.5e-5, 5e-5, 1e-4)},
-    "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 10, "eval_every": 2_000}
-    | {"planner": "icem", "noise_beta": 0.5, "population": 100, "iterations": 4, "train_every": 100},
+    "CartPole-v1": {
+        "total_timesteps": 2_000,
+        "terminal_value": True,
+        "horizon": 15,
+        "train_every": 100,
+        "hidden": (128, 128),
+        "weight_decay": (2.5e-5, 5e-5, 1e-4),
+    },
+    "InvertedPendulum-v5": {
+        "total_timesteps": 2_000,
+        "terminal_value": True,
+        "horizon": 10,
+        "eval_every": 2_000,
+        "planner": "icem",
+        "noise_beta": 0.5,
+        "population": 100,
+        "iterations": 4,
+        "train_every": 100,
+    },
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
 
@@ -259,7 +278,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
+    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, if finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     array = np.asarray(obs)
@@ -305,15 +324,21 @@ def load_function(name: str | None) -> Callable | None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -321,7 +346,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -341,7 +366,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -427,8 +452,8 @@ class Ensemble(nn.Module):
             std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
-        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
-        # all other rows.
+        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
+        # to 1,000 times) as all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
@@ -503,15 +528,15 @@ def fit(
     """
     columns = {name: data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
     held_out = data.column("holdout")[:, 0]
-    rows, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    unseen = unseen if len(unseen) else rows  # the first few rows may all have been drawn for training
-    members, device = len(model.dynamics[0]), rows.device
-    model.set_scale({name: column[rows] for name, column in columns.items()})
-    unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
+    seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    unseen = unseen if len(unseen) else seen  # the first few rows may all have been drawn for training
+    members, device = len(model.dynamics[0]), seen.device
+    model.set_scale({name: column[seen] for name, column in columns.items()})
+    holdout = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
-    rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
+    rows = seen[torch.randint(len(seen), (members, len(seen)), generator=generator, device=device)]  # (E, N)
     batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # of dynamics and reward
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # errors (dynamics, reward)
     layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
     best_layers = [layer.detach().clone() for _, layer in layers]
     while stale <= args.patience and updates < args.max_updates:
@@ -524,7 +549,7 @@ def fit(
             updates += 1
 
         with torch.no_grad():
-            error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
+            error = torch.stack(ensemble_losses(model, holdout)[1:3])  # (2, E)
             improved = error < 0.99 * best
             best = torch.where(improved, error, best)
             for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
@@ -534,7 +559,7 @@ def fit(
     with torch.no_grad():
         for (_, layer), best_layer in zip(layers, best_layers, strict=True):
             layer.copy_(best_layer)
-        losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
+        losses = [loss.mean().item() for loss in ensemble_losses(model, holdout)]
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
@@ -587,19 +612,20 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 
 
 class Lookahead(NamedTuple):
-    """For N states, of which the real ones are the first, what the model foresees for K sequences of actions."""
+    """For S states, of which the real ones are the first, what the model foresees for K sequences of actions."""
 
-    states: Tensor  # (N, obs_size)
-    after: Tensor  # (K, N, obs_size): the states at the end of the sequences
-    rewards: Tensor  # (K, N): the sum of the discounted rewards on the way
-    discounts: Tensor  # (K, N): gamma^steps, times the probability that the episode still goes on
+    states: Tensor  # (S, obs_size)
+    after: Tensor  # (K, S, obs_size): the states at the end of the sequences
+    rewards: Tensor  # (K, S): the sum of the discounted rewards on the way
+    discounts: Tensor  # (K, S): gamma^steps, times the chance that the episode still goes on, as `outcome` has it
 
 
 class Value(nn.Module):
-    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1): old ones, too, which show
-    the failures that the agent has learned to avoid. Where actions are Discrete, the target is what the best sequence
-    of a `Lookahead` brings, where that is more: or what was done badly in good states would make them look bad. (For a
-    Box this was tried as well: it picks the errors of the model, and the agent runs into what it has not seen.)
+    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1; off-policy, uncorrected):
+    old ones, too, which show the failures that the agent has learned to avoid. Where actions are Discrete, the target
+    is the larger of the lambda-return and what the best sequence of a `Lookahead` brings: otherwise a good state in
+    which the agent acted badly would look bad. (For a Box this was tried as well: it picks the errors of the model, and
+    the agent runs into what it has not seen.)
 
     The value is the mean of the networks minus two standard deviations: far from the data each says something else, and
     what is not known must not attract. They get new weights each time: a network that has followed changing targets for
@@ -628,20 +654,21 @@ class Value(nn.Module):
             nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]), generator=generator)
             nn.init.zeros_(bias)
 
-    def each(self, obs: Tensor) -> Tensor:
+    def standardised(self, obs: Tensor) -> Tensor:
         """(G, B, obs_size) -> standardised values (G, B): row g by network g."""
         return mlp((obs - self.obs_mean) / self.obs_std, list(self.layers)).squeeze(-1)
 
     def forward(self, obs: Tensor) -> Tensor:
         """(..., obs_size) -> (...), in units of return."""
-        values = self.each(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
+        values = self.standardised(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
         mean = values.mean(0) * self.return_std + self.return_mean
         spread = values.std(0, correction=0) * self.return_std
         return (mean.clamp(max=self.most) - 2 * spread).view(obs.shape[:-1])
 
     def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
-        """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step). A
-        termination ends it; where an episode was truncated, and at the end of the data, the last term is V as well."""
+        """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step) (exercise
+        12.1). A termination ends it; where an episode was truncated, and at the end of the data, the last term is V as
+        well."""
         next_value = self(data.column("obs") + data.column("delta")).tolist()
         reward, terminated, episode = (data.column(name)[:, 0].tolist() for name in ("reward", "terminated", "episode"))
         returns = [0.0] * data.size
@@ -658,8 +685,9 @@ class Value(nn.Module):
         """Learns the value of all real states, and of those of `lookahead`."""
         self.reset(generator)
         optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
-        obs, most = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
-        self.most.fill_(torch.maximum(most, most / max(1 - gamma, 1e-6)))
+        obs, largest = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
+        # The largest reward for ever if it is positive, for one step if it is negative.
+        self.most.fill_(torch.maximum(largest, largest / max(1 - gamma, 1e-6)))
         obs_std = obs.std(0, correction=0)
         self.obs_mean.copy_(obs.mean(0))
         self.obs_std.copy_(torch.where(obs_std <= 1e-6 * obs.abs().amax(0), 1.0, obs_std))
@@ -677,7 +705,7 @@ class Value(nn.Module):
             for _ in range(self.updates):
                 shape = (self.networks, self.batch_size)
                 rows = torch.randint(len(obs), shape, generator=generator, device=obs.device)
-                loss = ((self.each(obs[rows]) - wanted[rows]) ** 2).mean(1).sum()
+                loss = ((self.standardised(obs[rows]) - wanted[rows]) ** 2).mean(1).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -688,7 +716,7 @@ class Value(nn.Module):
 # Buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class Buffer:
-    """D: all real transitions, in tensors that double when they are full."""
+    """All real transitions, in tensors that double when they are full."""
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = 0
@@ -745,7 +773,8 @@ def outcome(
     reward_fn: Callable | None,
     termination_fn: Callable | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards and probabilities of going on (G, B) of steps (G, B, size)."""
+    """Rewards (G, B) of steps (G, B, size), and the chance that the episode still goes on after them, (G, B): too low,
+    where it is learned, as terminations weigh more in training (`set_scale`)."""
     next_state = state + delta
     if reward_fn is None:
         reward = model.predict_reward(delta, action, next_state, networks[1]).squeeze(-1)
@@ -774,14 +803,14 @@ def imagine(
     """Trajectory sampling (PETS, section 5.1): expected returns (N,) of action sequences.
 
     obs (obs_size,), plans (N, H, A) in the environment's units, noise (H, G, N * P / G, obs_size) standard normal. Of
-    the P particles of a sequence, each of the G members of `networks` takes P / G: the same ones for all H steps (TS
-    infinity, `permutations` None), or particles change members before every step (TS1), as the `permutations` of G
-    say, (H, G, N * P / G).
+    the P particles of a sequence, each of the G members of `networks` takes P / G: for all H steps the same ones (TS
+    infinity: `permutations` is None), or before every step the G particles of a row are dealt out anew (TS1), by
+    `permutations` (H, G, N * P / G) of the members' numbers.
     """
     groups, rows = noise.shape[1:3]
     actions = plans.repeat_interleave(rows // len(plans), dim=0)  # (R, H, A), R = N * P / G
     state = obs.expand(groups, rows, -1)  # (G, R, obs_size)
-    alive = torch.ones(groups, rows, device=obs.device)  # the probability of it (terminations weigh more: `set_scale`)
+    alive = torch.ones(groups, rows, device=obs.device)  # the chance that the episode still goes on
     returns = torch.zeros(groups, rows, device=obs.device)
     for step in range(plans.shape[1]):
         if permutations is not None:
@@ -802,7 +831,7 @@ def imagine(
 
 def best_sequences(plans: Tensor, returns: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best of N sequences, and which of them (count,) have a return that is a finite number."""
-    returns, index = torch.nan_to_num(returns, nan=-math.inf, posinf=-math.inf).topk(count)
+    returns, index = torch.where(returns.isfinite(), returns, -math.inf).topk(count)
     return plans[index], returns.isfinite()
 
 
@@ -819,7 +848,7 @@ def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
 
 # Each planner gets `score`, from sequences (N, H, A) with actions in [-1, 1] to returns (N,), and `start` (M, H, A):
 # what it returned for the step before, shifted by one, or the middle of the action range where an episode begins. It
-# returns sequences (M', H, A), of which the first is carried out.
+# returns sequences (M', H, A); of the first of them the first action is taken.
 def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """The best of population * iterations uniformly random sequences."""
     plans = uniform(args.population * args.iterations, start, generator)
@@ -851,7 +880,7 @@ def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generat
     # Frequency 0 and, for even H, the highest one stand for one real number each, the others for a conjugate pair.
     ends = [0, -1] if steps % 2 == 0 else [0]
     real[..., ends] *= math.sqrt(2)
-    power = 4 * scale**2  # of real and imaginary part, twice
+    power = 4 * scale**2  # of a conjugate pair; of a real number, with its factor sqrt(2), half of it
     power[ends] /= 2
     noise = torch.fft.irfft(torch.complex(real, imaginary), n=steps)  # (N, A, H), variance sum(power) / H^2
     return (noise * steps / power.sum().sqrt()).transpose(1, 2)
@@ -859,9 +888,12 @@ def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generat
 
 def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Improved CEM (Pinneri et al. 2020, algorithm 1): coloured noise, fewer samples in later iterations, the best
-    sequences kept over iterations and steps, the mean as a candidate in the last one; carries out the best sequence."""
-    # It returns [best, mean, *kept]; at the beginning of an episode there is but one sequence.
-    mean, kept = start[:2][-1], start[2:]
+    sequences kept over iterations and steps, the mean as a candidate in the last one. Returns [best, mean, *kept].
+
+    Departs from their code: what is shifted ends in the middle of the action range, as with all planners here (theirs:
+    the mean repeats its last action, the others draw one), and what is kept is scored again.
+    """
+    mean, kept = start[1 if len(start) > 1 else 0], start[2:]  # an episode begins with one sequence
     std = torch.full_like(mean, 0.5)
     for iteration in range(args.iterations):
         count = max(2 * args.num_best, int(args.population * 1.25**-iteration))  # their factor gamma of decay
@@ -987,7 +1019,7 @@ class Agent:
     def random_action(self) -> Tensor:
         """Uniform action (A,), in [-1, 1] or one-hot."""
         if self.discrete:
-            return F.one_hot(self.random_actions(), self.action_size).float()
+            return F.one_hot(self.random_indices(), self.action_size).float()
         return uniform(1, self.neutral, self.generator)[0, 0]
 
     def tensor(self, values: Any) -> Tensor:
@@ -1080,7 +1112,7 @@ class Agent:
         reward, survival = outcome(self.model, networks, *step, delta, self.reward_fn, self.termination_fn)
         return state + delta[0], reward[0], survival[0].float()
 
-    def random_actions(self, *shape: int) -> Tensor:
+    def random_indices(self, *shape: int) -> Tensor:
         """Discrete actions, counted from 0."""
         return torch.randint(self.action_size, shape, generator=self.generator, device=self.device)
 
@@ -1095,13 +1127,13 @@ class Agent:
         rows = torch.randint(len(real), (count,), generator=self.generator, device=self.device)
         state, alive, near = real[rows], torch.ones_like(rows, dtype=torch.bool), []
         for step in range(steps):  # of these walks, one in `steps` ends here
-            state, _, survival = self.foresee(state, self.random_actions(count), step)
+            state, _, survival = self.foresee(state, self.random_indices(count), step)
             alive = alive & (survival > 0.5)
             near.append(state[step::steps][alive[step::steps]])
         states, found = torch.cat([real, *near]), []
         for index in range(8 * self.action_size):
             state, returns, discount = states, 0.0, 1.0
-            for action in self.random_actions(steps):
+            for action in self.random_indices(steps):
                 state, reward, survival = self.foresee(state, action.expand(len(states)), index)
                 returns, discount = returns + discount * reward, discount * self.args.gamma * survival
             found.append((state, returns, discount))
@@ -1182,7 +1214,7 @@ def find_device(name: str) -> torch.device:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -1211,14 +1243,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -1247,7 +1283,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    """`args.eval_episodes` episodes, one after the other; with `args.capture_video` pictures of the first."""
     episodes, frames, env = [], [], envs[0]
     limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     for index in range(args.eval_episodes):
@@ -1270,8 +1306,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -1280,7 +1316,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -1303,8 +1339,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -1320,7 +1356,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -1351,7 +1388,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -1396,6 +1433,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

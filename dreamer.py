@@ -13,7 +13,7 @@
 """DreamerV3: learn a latent model of the world, and learn to act in nothing but its imagination.
 
 A recurrent network keeps a state of the world: a deterministic part that remembers, and categorical samples for what
-cannot be foreseen. It learns to predict the samples that each new observation leads to, and from the state the
+cannot be foreseen. It learns to predict the next samples before it has seen the observation, and from a state the
 observation, the reward and whether the episode continues. From states it has seen it imagines a few steps ahead. From
 these the actor and the critic learn; the critic also learns from the rewards that were really received.
 
@@ -28,7 +28,7 @@ The algorithm (Hafner et al. 2025, "Mastering diverse control tasks through worl
             Update the world model, and by the returns the critic and, scaled by their range, the actor
             Store the states that were inferred
 
-Details are those of the authors' current code, danijar/dreamerv3. This script departs from it as follows:
+Details are those of the authors' code, danijar/dreamerv3 at commit e3f0224. This script departs from it as follows:
 
     - The continuous inputs of an observation are standardised (`standardise`). The settings suit small networks and
       short runs: step size, warm-up, sequences.
@@ -39,18 +39,21 @@ Details are those of the authors' current code, danijar/dreamerv3. This script d
       choices in an observation are fitted by squared error, too.
     - Pictures are halved down to about 4 x 4 whatever their size. Their loss is a sum over pixels, so that it counts
       less for small ones. Those of Atari games hold the last 4 frames.
-    - Acting is in single precision, also with `bf16`; evaluation takes the most likely action and does not draw.
+    - Acting is in single precision, also with `bf16`; evaluation takes the most likely action, in states that are
+      drawn as in training.
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5
              --warmup 1000 --compile                (on a GPU; batches, step size and ratio of the authors)
          python dreamer.py --help
-Expect:  CartPole-v1: a return of 475 or more (of 500) for the first time at 3,000 to 7,000 steps (5 of 5 seeds), with
-         relapses: 16 of the 224 evaluations after it are lower, of those from 32,000 to 50,000 steps none.
-         Pendulum-v1: above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds); 14 of the 80 evaluations
-         after it are lower, mostly because one of 5 episodes fails; -101, -153, -321 after 30,000 steps.
-         These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs. On 2 CPU cores that five
-         programs shared they took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
+Expect:  CartPole-v1 (--total-timesteps 50000): a return of 475 or more (of 500) for the first time at 3,000 to 7,000
+         steps (5 of 5 seeds), with relapses: 16 of the 224 evaluations after it are lower, of those from 32,000 to
+         50,000 steps none.
+         Pendulum-v1 (--total-timesteps 30000): above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds);
+         14 of the 80 evaluations after it are lower, mostly because one of 5 episodes fails; -101, -153, -321 after
+         30,000 steps.
+         These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs; on 2 CPU cores that five
+         programs shared, 10,000 steps took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
 """
 
 import argparse
@@ -135,7 +138,7 @@ class Args:
     """Side to which pictures (a Box of uint8 with 2 or 3 dimensions) are resized; 0: they stay as they are."""
 
     num_envs: Annotated[int, 1, 10**5] = 4
-    """Environments that are played side by side."""
+    """Environments that are played side by side. (`total_timesteps` is rounded up to a multiple of it.)"""
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"
     """Widths of the networks, by their number of parameters (DreamerV3: 200m)."""
     bf16: bool = False
@@ -169,7 +172,7 @@ class Args:
     from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
     entropy_scale: Annotated[float, 0, 1000] = 3e-4
     """Weight of the policy's entropy (DreamerV3: 3e-4). With our step size the policy can settle before the model knows
-    what matters; ten times more, with a `warmup` of 1,000, is what the tasks of benchmark/ were learned with."""
+    what matters; ten times more, with a `warmup` of 1,000, is what Catch and Recall of benchmark/ were learned with."""
     gamma: Annotated[float, 0, 1] = 1 - 1 / 333
     """Discount factor (DreamerV3: 1 - 1 / 333)."""
 
@@ -233,7 +236,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; outside of a Box it may be, but must be finite."""
+    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, if finite."""
     if isinstance(space, gym.spaces.Dict):
         for name, part in space.items():
             check_observation(obs[name], part)
@@ -262,15 +265,21 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -278,7 +287,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -298,7 +307,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -365,7 +374,8 @@ def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Expectation (...). The bins are symmetric around 0: each size counts by how much more probable it is above 0 than
     below, so that equal logits give exactly 0."""
     prob, middle = logits.float().softmax(-1), len(bins) // 2
-    return (prob[..., middle + 1 :] - prob[..., :middle].flip(-1)) @ bins[middle + 1 :]
+    with torch.autocast(logits.device.type, enabled=False):  # `--bf16` would round returns of 100 to whole numbers
+        return (prob[..., middle + 1 :] - prob[..., :middle].flip(-1)) @ bins[middle + 1 :]
 
 
 def unimix(logits: Tensor, share: float = 0.01) -> Tensor:
@@ -405,8 +415,8 @@ def lambda_return(
     last: Tensor, terminal: Tensor, reward: Tensor, bootstrap: Tensor, gamma: float, lam: float = 0.95
 ) -> Tensor:
     """(B, T) each -> (B, T - 1): R[t] = r[t+1] + gamma * c[t+1] * ((1 - lam) * v[t+1] + lam * R[t+1]), where c is 1 -
-    terminal. Where an episode is broken off (`last`), lam is 0: what comes after is not its future. The index of a
-    reward is that of the observation it comes with, not of the action."""
+    terminal, v is `bootstrap`, and R[T-1] = v[T-1]. Where an episode is broken off (`last`), lam is 0: what comes after
+    is not its future. The index of a reward is that of the observation it comes with, not of the action."""
     live, mix = gamma * (1 - terminal[:, 1:]), lam * (1 - last[:, 1:])
     interim, returns = reward[:, 1:] + (1 - mix) * live * bootstrap[:, 1:], [bootstrap[:, -1]]
     for t in reversed(range(interim.shape[1])):
@@ -458,7 +468,7 @@ class Size(NamedTuple):
     deter: int  # deterministic state
     hidden: int  # layers of the state's dynamics
     classes: int  # of each of the `stoch` categorical latents
-    depth: int  # channels of the convolutions, over 2, 3, 4 and 4
+    depth: int  # the convolutions have 2, 3, 4 and 4 times as many channels
     units: int  # layers of encoder, decoder and heads
     stoch: int = 32
     blocks: int = 8  # of the recurrent weights
@@ -820,7 +830,9 @@ class Replay:
         self.added[stream] += 1
         if self.added[stream] % self.length == 0:
             self.fresh.append((stream, int(self.added[stream] - self.length)))
-            del self.fresh[: -(len(self.added) * self.capacity // self.length + 1)]  # where there are few updates
+            del self.fresh[
+                : -(len(self.added) * self.capacity // self.length + 1)
+            ]  # with few updates: older than the replay
 
     def starts(self) -> Array:
         """How many sequences each stream has, (streams,)."""
@@ -871,6 +883,8 @@ class Replay:
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
 # There is no search: what an actor has learned in imagination takes its place. All losses are here.
+# dyn: the prior follows the posterior; rep: the posterior follows the prior; con: whether the episode continues; policy
+# and value: in imagination; repval: the value on real steps; and one for each part of the observation.
 LOSS_SCALES = {"rep": 0.1, "repval": 0.3}  # of the others 1
 
 
@@ -978,16 +992,14 @@ def dreamer_loss(
     with torch.no_grad():
         reward, con = two_hot_mean(nets.reward(imagined), nets.bins), nets.con(imagined).squeeze(-1).float().sigmoid()
         slow_imagined, slow_real = slow_critic(imagined), slow_critic(feature)
-    critics = nets.critic(imagined), slow_imagined, nets.bins
     losses["policy"], losses["value"], returns = imagination_loss(
-        reward, con, log_density, entropy, *critics, percentiles, entropy_scale
+        reward, con, log_density, entropy, nets.critic(imagined), slow_imagined, nets.bins, percentiles, entropy_scale
     )
-    value = nets.critic(feature)
+    value = nets.critic(feature)  # not detached: this loss trains the world model, too
     with torch.no_grad():
         bootstrap = two_hot_mean(value, nets.bins)  # its value; of states imagined from, the imagined return
         bootstrap[:, -imagination_starts:] = returns[:, 0].view(len(last), -1)
-    critics = value, slow_real, nets.bins
-    losses["repval"] = replay_value_loss(last, terminal, batch["reward"], bootstrap, *critics, gamma)
+    losses["repval"] = replay_value_loss(last, terminal, batch["reward"], bootstrap, value, slow_real, nets.bins, gamma)
     logs = {
         "model/posterior_entropy": -(post.exp() * post).sum((-2, -1)).mean(),
         "model/prior_entropy": -(prior.exp() * prior).sum((-2, -1)).mean(),
@@ -1139,7 +1151,7 @@ class Agent:
         # was seen at the last `act`.
         self.first, self.rewards, self.seen = [True] * args.num_envs, [0.0] * args.num_envs, []
         self.mean, self.std = torch.zeros(self.shapes.vector), torch.ones(self.shapes.vector)
-        self.steps, self.updates, self.measured, self.logs, self.losses = 0, 0, 0, {}, {}
+        self.steps, self.updates, self.scaled_at, self.logs, self.losses = 0, 0, 0, {}, {}
 
     def tensors(self, rows: dict[str, Array]) -> dict[str, Tensor]:
         """Rows of the replay as the networks want them."""
@@ -1154,7 +1166,7 @@ class Agent:
         mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
         self.mean = torch.from_numpy(np.where(self.observer.numbers, mean, 0)).float()
         self.std = torch.from_numpy(np.where(self.observer.numbers & (std > 1e-6 * np.abs(mean)), std, 1)).float()
-        self.measured = self.steps
+        self.scaled_at = self.steps
 
     @torch.inference_mode()
     def follow(
@@ -1221,7 +1233,7 @@ class Agent:
         args = self.args
         ratio = args.train_ratio / (args.batch_size * args.batch_length)
         while self.updates < (self.steps - args.learning_starts) * ratio and self.replay.starts().any():
-            if args.standardise and self.shapes.vector and self.steps >= 1.01 * self.measured:
+            if args.standardise and self.shapes.vector and self.steps >= 1.01 * self.scaled_at:
                 self.measure()
             self.update_once()
 
@@ -1323,7 +1335,7 @@ class Agent:
         return self.scalars() | ({"model/open_loop": self.open_loop()} if self.updates else {})
 
     def scalars(self) -> dict[str, float]:
-        """Of what is logged the numbers."""
+        """The numbers among the `metrics`."""
         self.logs |= {name: value.item() for name, value in self.losses.items()}
         return self.logs
 
@@ -1340,7 +1352,7 @@ class Agent:
             "rng": json.dumps(self.rng.bit_generator.state),
             "now": [*self.latent, self.action, torch.tensor(self.first)],
             "rewards": self.rewards,
-            "counts": [self.steps, self.updates, self.measured],
+            "counts": [self.steps, self.updates, self.scaled_at],
             "logs": self.scalars(),
         }
 
@@ -1356,7 +1368,7 @@ class Agent:
         deter, stoch, self.action, first = (part.to(self.device) for part in state["now"])
         self.latent, self.first, self.rewards = Latent(deter, stoch), first.tolist(), list(state["rewards"])
         (self.mean, self.std), self.logs = state["scale"], state["logs"]
-        self.steps, self.updates, self.measured = state["counts"]
+        self.steps, self.updates, self.scaled_at = state["counts"]
         self.optimizer.done.fill_(self.updates)
 
 
@@ -1376,7 +1388,7 @@ def find_device(name: str) -> torch.device:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -1405,14 +1417,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -1441,7 +1457,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    """`args.eval_episodes` episodes, one after the other; with `args.capture_video` pictures of the first."""
     episodes, frames, env = [], [], envs[0]
     limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     for index in range(args.eval_episodes):
@@ -1464,8 +1480,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -1474,7 +1490,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -1497,8 +1513,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -1514,7 +1530,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -1545,7 +1562,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -1590,6 +1607,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

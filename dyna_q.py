@@ -31,7 +31,7 @@ Run:     python dyna_q.py
          python dyna_q.py --env-id FrozenLake-v1
          python dyna_q.py --help
 Expect:  in about a second, a path of 14 steps through the Dyna maze, the shortest (8 of 10 seeds), or of 16 (2); on
-         slippery FrozenLake with the command above, return 0.72 (mean of 10 seeds; the best is 0.74).
+         slippery FrozenLake with the command above, return 0.72 (mean of 10 seeds; the best policy's: 0.74).
 """
 
 import argparse
@@ -163,8 +163,8 @@ class Maze(gym.Env):
     """Grid world of Sutton & Barto, chapter 8: from S to G around the walls #, reward 1 on reaching G, else 0.
 
     Observation: `Discrete`, row * width + column. Actions: 0 up, 1 right, 2 down, 3 left; into a wall or over the edge
-    the agent stays where it is. The first `layout` is the world until `change_at` real steps have been made, counted
-    over all episodes; then it is the second. There is no time limit.
+    the agent stays where it is. The first `layout` is the world until `change_at` steps have been made, counted over
+    all episodes; then it is the second. (An evaluation counts on from the training's count.) There is no time limit.
     """
 
     metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}
@@ -280,15 +280,21 @@ def check_observation(obs: Any, space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -296,7 +302,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -316,7 +322,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -431,7 +437,8 @@ class Planner:
         self.drawn_from = 0
 
     def plan(self, n: int) -> None:
-        """`n` planning updates: random observed state, random action taken in it, Q moved towards equation 8.1."""
+        """`n` planning updates: random observed state, random action taken in it, Q moved towards equation 8.1's
+        target."""
         cells, alpha = self.model.cells, self.alpha
         if len(self.draws) < n or self.drawn_from != len(cells):
             self.drawn_from = len(cells)
@@ -444,13 +451,6 @@ class Planner:
             row[action] += alpha * (target - row[action])
         del self.draws[:n]
 
-    def state_dict(self) -> dict:
-        return {"draws": self.draws, "drawn_from": self.drawn_from, "rng": self.rng.bit_generator.state}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.draws, self.drawn_from = state["draws"], state["drawn_from"]
-        self.rng.bit_generator.state = state["rng"]
-
     def tried_cell(self, cell: int) -> tuple:
         """Instead of an untried action's cell, that of a random action which was taken in the same state.
 
@@ -458,6 +458,13 @@ class Planner:
         """
         tried = self.model.tried[cell // self.model.num_actions]
         return self.model.cells[tried[int(self.rng.random() * len(tried))]]
+
+    def state_dict(self) -> dict:
+        return {"draws": self.draws, "drawn_from": self.drawn_from, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.draws, self.drawn_from = state["draws"], state["drawn_from"]
+        self.rng.bit_generator.state = state["rng"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,7 +593,7 @@ def draw_grid(env: gym.Env, agent: Agent) -> tuple[str, Image.Image] | None:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.json.gz"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -614,14 +621,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -650,7 +661,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    """`args.eval_episodes` episodes, one after the other; with `args.capture_video` pictures of the first."""
     episodes, frames, env = [], [], envs[0]
     limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     for index in range(args.eval_episodes):
@@ -673,8 +684,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -683,7 +694,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -706,8 +717,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -723,7 +734,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -754,7 +766,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -799,6 +811,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

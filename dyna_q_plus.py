@@ -25,7 +25,8 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3)
 
 That untried actions take part in planning is a footnote of the book on which everything depends: without it the bonus
 draws the agent only to what it already knows. The clock of tau runs through all episodes. `--bonus-on action` is
-Exercise 8.4: the bonus is used to choose actions, epsilon-greedy in Q(S, a) + kappa sqrt(tau(S, a)), not in planning.
+Exercise 8.4: the bonus is used to choose actions, epsilon-greedy in Q(S, a) + kappa sqrt(tau(S, a)), not in planning,
+in which untried actions still take part.
 
 Run:     python dyna_q_plus.py
          python dyna_q_plus.py --env-id ShortcutMaze-v0
@@ -35,8 +36,8 @@ Expect:  in about a second, a model that knows the maze as it is after its walls
          shortcut maze (10 of 10 seeds). That policy is the solution of the learned model, by value iteration: Q itself
          holds the bonus, and a policy that is greedy in it but no longer learns would for ever go and see one wall
          again. So an evaluation tells what has been explored, and the return of the training episodes how well the
-         agent acts: in Figure 8.4 of benchmark/ it collects 135 in the 3,000 steps of the blocking maze, dyna_q.py 70
-         (30 seeds).
+         agent acts: in Figure 8.4 of benchmark/ (alpha 1, kappa 1e-4, 10 planning updates) it collects 135 in the 3,000
+         steps of the blocking maze, dyna_q.py 70 (30 seeds).
 """
 
 import argparse
@@ -114,13 +115,14 @@ class Args:
     epsilon: Annotated[float, 0, 1] = 0.1
     """Probability of a uniformly random action (the book's value for Figure 8.2)."""
     n_planning: Annotated[int, 0, 10**6] = 50
-    """Planning updates per real step; 0 is Q-learning (the book compares 0, 5 and 50)."""
+    """Planning updates per real step (the book compares 0, 5 and 50); 0 is Q-learning, unless `bonus_on` is action."""
     initial_q: Annotated[float, -1e9, 1e9] = 0.0
     """Value that every state-action pair starts with."""
     model: Literal["counts", "last"] = "last"
     """`counts`: all outcomes by their frequency, expected updates. `last`: the book's table of the latest outcome."""
     kappa: Annotated[float, 0, 1e9] = 1e-3
-    """Weight of the bonus kappa * sqrt(tau), tau in real steps; 0 is Dyna-Q whose planning includes untried actions."""
+    """Weight of the bonus kappa * sqrt(tau), tau in real steps; 0 is Dyna-Q whose planning includes untried actions.
+    (The book does not name its own; ShangtongZhang's code: 1e-4 in Figure 8.4, 1e-3 in Figure 8.5.)"""
     bonus_on: Literal["planning", "action"] = "planning"
     """Where the bonus counts: in the reward of planning updates, or in the choice of actions only (Exercise 8.4)."""
 
@@ -170,8 +172,8 @@ class Maze(gym.Env):
     """Grid world of Sutton & Barto, chapter 8: from S to G around the walls #, reward 1 on reaching G, else 0.
 
     Observation: `Discrete`, row * width + column. Actions: 0 up, 1 right, 2 down, 3 left; into a wall or over the edge
-    the agent stays where it is. The first `layout` is the world until `change_at` real steps have been made, counted
-    over all episodes; then it is the second. There is no time limit.
+    the agent stays where it is. The first `layout` is the world until `change_at` steps have been made, counted over
+    all episodes; then it is the second. (An evaluation counts on from the training's count.) There is no time limit.
     """
 
     metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 8}
@@ -287,15 +289,21 @@ def check_observation(obs: Any, space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 acting, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation, 4 planning.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -303,7 +311,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -323,7 +331,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -495,10 +503,10 @@ class Agent:
         kappa = args.kappa if args.bonus_on == "planning" else 0.0
         self.planner = Planner(self.model, args.alpha, kappa, np.random.default_rng(seed_of(args.seed, 4)))
         self.sum_abs_error, self.num_errors = 0.0, 0
-        self.valued_at, self.known = 0, {}
+        self.valued_at, self.known = 0, {}  # what `values` returned last, and the model's clock at that time
 
     def act(self, obs: Any) -> int:
-        """Epsilon-greedy action, ties broken at random."""
+        """Epsilon-greedy action by Q, or by Q and the bonus (`bonus_on`); ties are broken at random."""
         if self.rng.random() < self.args.epsilon:
             return self.first_action + int(self.rng.integers(self.num_actions))
         row = self.q[self.key(obs)]
@@ -531,26 +539,30 @@ class Agent:
         return lambda obs, info=None: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
 
     def values(self) -> dict[Hashable, list[float]]:
-        """State -> value of every action by the model without the bonus, found by value iteration.
+        """State -> value of every action (untried: -inf) by the model without the bonus, found by value iteration.
 
         `q` holds the bonus: greedy in it, a policy that no longer learns would for ever go and see one wall again.
         """
         if self.valued_at != self.model.clock:
-            unknown = self.args.initial_q  # the value of a state that was never left
-            rows = {id(row): [-math.inf] * self.num_actions for row in self.q.values()}  # untried: not an option
+            # A cell knows a state by its row of Q alone; by that row's id its solution is found.
+            solved = {id(row): [-math.inf] * self.num_actions for row in self.q.values()}
+
+            def value_of(row: list[float]) -> float:
+                best = max(solved[id(row)])
+                return best if best > -math.inf else self.args.initial_q  # the state was never left
+
             tried = [cell for cell, last in zip(self.model.cells, self.model.last_tried, strict=True) if last]
             for row, action, _, _ in tried:
-                rows[id(row)][action] = 0.0
+                solved[id(row)][action] = 0.0
             for _ in range(1_000):
                 change = 0.0
                 for row, action, reward, successors in tried:
-                    best = ((weight, max(rows[id(next_row)])) for weight, next_row in successors)
-                    value = reward + sum(weight * (most if most > -math.inf else unknown) for weight, most in best)
-                    change = max(change, abs(value - rows[id(row)][action]) / max(abs(value), 1e-300))
-                    rows[id(row)][action] = value
-                if change < 1e-6:  # relative: far from all reward values are small
+                    value = reward + sum(weight * value_of(next_row) for weight, next_row in successors)
+                    change = max(change, abs(value - solved[id(row)][action]) / max(abs(value), 1e-300))
+                    solved[id(row)][action] = value
+                if change < 1e-6:  # relative, as values far away from any reward are tiny
                     break
-            self.valued_at, self.known = self.model.clock, {state: rows[id(row)] for state, row in self.q.items()}
+            self.valued_at, self.known = self.model.clock, {state: solved[id(row)] for state, row in self.q.items()}
         return self.known
 
     def metrics(self) -> dict[str, float]:
@@ -623,7 +635,7 @@ def draw_grid(env: gym.Env, agent: Agent) -> tuple[str, Image.Image] | None:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.json.gz"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -651,14 +663,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -687,7 +703,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    """`args.eval_episodes` episodes, one after the other; with `args.capture_video` pictures of the first."""
     episodes, frames, env = [], [], envs[0]
     limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     for index in range(args.eval_episodes):
@@ -710,8 +726,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -720,7 +736,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -743,8 +759,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -760,7 +776,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -791,7 +808,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -836,6 +853,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

@@ -32,28 +32,29 @@ The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor
 algorithm 1). The order is that of the authors' code, jannerm/mbpo: every 250 steps the ensemble is trained and the
 rollouts are made. The fields name its settings. What else differs:
 
-    - Reward and termination have networks of their own, without noise; the termination is learned and not given, so
-      that an environment is all that is needed.
-    - What the ensemble predicts is standardised. A transition is held out or not for all trainings, and only the error
-      of the dynamics decides when to stop.
+    - Reward and termination have networks of their own, without noise, which see the next observation. The termination
+      is learned and not given, so that an environment is all that is needed; rows that terminate weigh as much as all
+      others, so that an imagined step terminates where that is likelier than in the data on average.
+    - What the ensemble predicts is standardised. A transition is held out from all trainings or from none (until there
+      are more than `max_holdout`), and only the error of the dynamics decides when to stop.
     - The actor and the critics begin with PyTorch's initial weights (theirs with Keras'). The MuJoCo tasks are
       Gymnasium's v5, theirs Gym's v2.
 
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), without a model at one update a step, minutes a seed on
-         a CPU core (a random policy scores about -1,200 on Pendulum-v1):
+Expect:  the last evaluation of each seed (mean of 5 episodes, Reacher-v5: 20), the same without a model and with one
+         update a step, and the minutes of a seed on a CPU core (a random policy scores about -1,200 on Pendulum-v1):
 
     environment                 steps  MBPO                                      without a model            minutes
-    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  2.3 times the steps        5 to 10
+    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  -200 after 2.3 x the steps 5 to 10
     InvertedPendulum-v5         3,000  1000, the maximum (3 of 3 seeds)          101, 177, 100 at 6,000     6 to 7
     InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
     Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 22
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
-         but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps as with
-         one (3 seeds): there a model brings nothing beyond them.
+         but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps, as it
+         has with a model (3 seeds): on these two the gain comes from the number of updates, not from the model.
 """
 
 import argparse
@@ -166,18 +167,19 @@ class Args:
     rollouts: Annotated[int, 1, 10**8] = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: Annotated[int, 1, 10**6] = 1
-    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). Those of a
-    model that had seen little mislead for as long."""
+    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). What an
+    early model imagined, which had seen little, misleads for as long."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
-    deviation of their means, in units of that of a step's change, averaged over dimensions. (On the pendulum after
-    3,000 steps its median is about 0.01, and it is nowhere above 0.15.)"""
+    deviation of their means, divided by that of a step's change in the data, averaged over dimensions. (On the pendulum
+    after 3,000 steps its median is about 0.01, and it is nowhere above 0.15.)"""
     weigh_disagreement: bool = False
     """Not in the paper: imagined transitions weigh 1 / (1 + disagreement) in the critics' loss."""
     reward_fn: str | None = None
-    """`module:function` for the reward: obs, action, next_obs of shapes (..., size) -> (...). None: it is learned."""
+    """`module:function` for the reward: tensors obs (flattened), action (in the environment's units) and next_obs, of
+    shapes (..., size), to (...). None: it is learned."""
     termination_fn: str | None = None
-    """`module:function` for the termination, True or False, called in the same way. None: it is learned."""
+    """`module:function` for the termination, called in the same way: a tensor of bool. None: it is learned."""
 
     ensemble_size: Annotated[int, 1, 1000] = 7
     """Networks in the ensemble (PETS: 5, MBPO: 7)."""
@@ -190,8 +192,8 @@ class Args:
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (PETS, MBPO)."""
     model_batch_size: Annotated[int, 1, 10**6] = 256
-    """Rows per network and update, as soon as there are enough for 16 steps an epoch; before, fewer, but not
-    fewer than 32 (MBPO: 256, PETS: 32)."""
+    """Largest batch of a network: a batch is a sixteenth of the training rows, but at least 32 and at most this (MBPO:
+    256, PETS: 32)."""
     train_every: Annotated[int, 1, math.inf] = 250
     """Environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)."""
     patience: Annotated[int, 1, 10**6] = 5
@@ -290,7 +292,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
+    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, if finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     array = np.asarray(obs)
@@ -337,15 +339,21 @@ def load_function(name: str | None) -> Callable | None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -353,7 +361,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -373,7 +381,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -459,8 +467,8 @@ class Ensemble(nn.Module):
             std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
             getattr(self, f"{name}_mean").copy_(data[name].mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
-        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much as
-        # all other rows.
+        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
+        # to 1,000 times) as all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
@@ -535,15 +543,15 @@ def fit(
     """
     columns = {name: data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
     held_out = data.column("holdout")[:, 0]
-    rows, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    unseen = unseen if len(unseen) else rows  # the first few rows may all have been drawn for training
-    members, device = len(model.dynamics[0]), rows.device
-    model.set_scale({name: column[rows] for name, column in columns.items()})
-    unseen = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
+    seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    unseen = unseen if len(unseen) else seen  # the first few rows may all have been drawn for training
+    members, device = len(model.dynamics[0]), seen.device
+    model.set_scale({name: column[seen] for name, column in columns.items()})
+    holdout = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
     # The bootstrap: every member has rows of its own, drawn with replacement.
-    rows = rows[torch.randint(len(rows), (members, len(rows)), generator=generator, device=device)]  # (E, N)
+    rows = seen[torch.randint(len(seen), (members, len(seen)), generator=generator, device=device)]  # (E, N)
     batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # of dynamics and reward
+    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # errors (dynamics, reward)
     layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
     best_layers = [layer.detach().clone() for _, layer in layers]
     while stale <= args.patience and updates < args.max_updates:
@@ -556,7 +564,7 @@ def fit(
             updates += 1
 
         with torch.no_grad():
-            error = torch.stack(ensemble_losses(model, unseen)[1:3])  # (2, E)
+            error = torch.stack(ensemble_losses(model, holdout)[1:3])  # (2, E)
             improved = error < 0.99 * best
             best = torch.where(improved, error, best)
             for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
@@ -566,7 +574,7 @@ def fit(
     with torch.no_grad():
         for (_, layer), best_layer in zip(layers, best_layers, strict=True):
             layer.copy_(best_layer)
-        losses = [loss.mean().item() for loss in ensemble_losses(model, unseen)]
+        losses = [loss.mean().item() for loss in ensemble_losses(model, holdout)]
     model.elites.copy_(best[0].argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
@@ -622,7 +630,7 @@ def diagnose(model: Ensemble, data: "Buffer", start: int) -> dict[str, float]:
 # Buffer
 # ---------------------------------------------------------------------------------------------------------------------
 class Buffer:
-    """D: all real transitions, in tensors that double when they are full."""
+    """All real transitions, in tensors that double when they are full."""
 
     def __init__(self, obs_size: int, action_size: int, device: torch.device):
         self.size = 0
@@ -674,7 +682,8 @@ class Pool:
         self.size = self.position = 0
         # goes_on: 0 where the step terminated, else 1; weight: in the critics' loss; step: when it was imagined.
         widths = {"obs": obs_size, "action": action_size, "reward": 1, "next_obs": obs_size, "goes_on": 1, "weight": 1}
-        self.columns = {name: torch.zeros(0, width, device=device) for name, width in (widths | {"step": 1}).items()}
+        widths["step"] = 1
+        self.columns = {name: torch.zeros(0, width, device=device) for name, width in widths.items()}
 
     def resize(self, capacity: int) -> None:
         """Makes room for `capacity` transitions, and keeps the latest of those that are there."""
@@ -755,12 +764,14 @@ def imagined_step(
 
 
 def disagreement(model: Ensemble, obs: Tensor, action: Tensor, chunk: int) -> Tensor:
-    """(B, 1): root of the variance of the elites' means, in deviations of a step's change, averaged over dimensions."""
+    """(B, 1): standard deviation of the elites' means, divided by that of a step's change in the data, averaged over
+    dimensions."""
     dynamics, count = model.select(model.elites)[0], len(model.elites)
     parts = []
     for before, act in zip(obs.split(chunk), action.split(chunk), strict=True):
         mean, _ = model.gaussian(before.expand(count, -1, -1), act.expand(count, -1, -1), dynamics)
-        parts.append(mean.std(0, correction=0).mean(1, keepdim=True))
+        spread = mean.std(0, correction=0) * (model.delta_std > 0)  # what never changes is predicted without error
+        parts.append(spread.mean(1, keepdim=True))
     return torch.cat(parts)
 
 
@@ -825,7 +836,7 @@ class Actor(nn.Module):
         for layer in self.layers:
             obs = F.relu_(layer(obs))  # in place, which saves memory traffic
         mean, log_std = self.last(obs).chunk(2, dim=-1)
-        return mean, log_std.clamp(-20, 2)
+        return mean, log_std.clamp(-20, 2)  # the bounds of the code of soft actor-critic's authors
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, obs_size), standard normal noise (B, A) -> actions (B, A) and their log densities (B, 1)."""
@@ -837,8 +848,8 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a). With layer normalisation and dropout it is DroQ's; the actor's update stays as it is without. Nothing is
-    dropped where no `generator` is given."""
+    """Q(s, a). With layer normalisation and dropout it is DroQ's (whose actor follows the mean of the two critics; here
+    it is the smaller of them, as without). Nothing is dropped where no `generator` is given."""
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
@@ -870,7 +881,8 @@ def critic_loss(
     gamma: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Soft Bellman error of both critics (Haarnoja et al. 2018, equation 5); `goes_on` is 0 where a step terminated."""
+    """Soft Bellman error, summed over both critics (Haarnoja et al. 2018, equation 5). The columns of `batch` are
+    (B, width), `goes_on` is 0 where a step terminated; `noise` is standard normal, (B, A)."""
     with torch.no_grad():
         next_action, log_prob = actor.sample(batch["next_obs"], noise)
         next_value = torch.min(*(target(batch["next_obs"], next_action, generator) for target in targets))
@@ -882,7 +894,8 @@ def critic_loss(
 def actor_loss(
     actor: Actor, critics: nn.ModuleList, obs: Tensor, noise: Tensor, alpha: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss (Haarnoja et al. 2018, equation 7), and an estimate of the policy's entropy."""
+    """The loss (Haarnoja et al. 2018, equation 7), and an estimate of the policy's entropy, from obs (B, obs_size) and
+    standard normal `noise` (B, A)."""
     action, log_prob = actor.sample(obs, noise)
     value = torch.min(*(critic(obs, action, generator) for critic in critics))
     return (alpha * log_prob - value).mean(), -log_prob.mean().detach()
@@ -925,9 +938,11 @@ class Agent:
         self.trained_at, self.episode, self.logs, self.losses = 0, 0, {}, {}
 
     def load_for_unit_actions(self, name: str | None) -> Callable | None:
-        """The function of that name, for actions in [-1, 1]."""
+        """The function of that name, if one is named, for actions in [-1, 1]."""
         function = load_function(name)
-        return function and (lambda obs, action, next_obs: function(obs, self.to_env_units(action), next_obs))
+        if function is None:
+            return None
+        return lambda obs, action, next_obs: function(obs, self.to_env_units(action), next_obs)
 
     def to_env_units(self, action: Tensor) -> Tensor:
         return self.middle + self.half_range * action
@@ -1021,7 +1036,7 @@ class Agent:
 
     @torch.no_grad()
     def mean_value(self, transitions: dict[str, Tensor]) -> float:
-        """What the critics expect from about 1,000 of the transitions on, on average."""
+        """The mean value, by the critics, of some 1,000 to 2,000 of the transitions, evenly spaced."""
         every = max(1, len(transitions["obs"]) // 1_000)
         obs, action = transitions["obs"][::every], transitions["action"][::every]
         return torch.min(*(critic(obs, action) for critic in self.critics)).mean().item()
@@ -1128,7 +1143,7 @@ def find_device(name: str) -> torch.device:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -1157,14 +1172,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -1193,7 +1212,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes, one after the other; with `args.capture_video` pictures of the first."""
+    """`args.eval_episodes` episodes, one after the other; with `args.capture_video` pictures of the first."""
     episodes, frames, env = [], [], envs[0]
     limit = env.spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     for index in range(args.eval_episodes):
@@ -1216,8 +1235,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -1226,7 +1245,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -1249,8 +1268,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -1266,7 +1285,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -1297,7 +1317,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -1342,6 +1362,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

@@ -45,8 +45,10 @@ steps as DeepMind's mctx. What differs from the papers:
       are categories, and not scaled. The settings of the board games explore more.
     - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
       are trained with reward 0; and a part's last state is valued by the network until it is searched.
-    - A state is a single observation (no history); the reward is predicted from the state that it leads to; and the
-      optimizer is Adam.
+    - A state is a single observation (no history); the reward is predicted from the state that it leads to; in
+      convolutional networks an action adds learned numbers at every place (theirs: planes).
+    - The optimizer is Adam, with clipped gradients; importance weights are divided by the largest of the batch; and old
+      positions are searched with the latest network, not with a target network.
 
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
@@ -112,6 +114,9 @@ class Failure(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # Args
 # ---------------------------------------------------------------------------------------------------------------------
+LONGEST_PART = 200  # steps; longer episodes are stored in several parts
+
+
 @dataclasses.dataclass
 class Args:
     """MuZero (Schrittwieser et al. 2020) and Gumbel MuZero (Danihelka et al. 2022)."""
@@ -146,7 +151,7 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     play: str | None = None
-    """Run folder of a board game, to play against its agent in the terminal; of other options only `device` counts."""
+    """Run folder of a board game, to play against its agent in the terminal; only `device` and `threads` count, too."""
     eval_env_kwargs: tuple[str, ...] = ()
     """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a board
     game is evaluated by self-play, whose return says nothing.)"""
@@ -155,10 +160,10 @@ class Args:
 
     num_envs: Annotated[int, 1, 10**5] = 8
     """Environments that are played side by side, so that each call of the network serves as many searches; all of them
-    make a step, then all updates that are due are made."""
+    make a step, then all updates that are due are made. (`total_timesteps` is rounded up to a multiple of it.)"""
     gamma: Annotated[float, -1, 1] = 0.99
     """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
-    them, rewards are the mover's, `support` is the largest of them, and `td_steps` as long as a game."""
+    them, rewards are the mover's; `support` is to be the largest result, `td_steps` the length of a game."""
     search: Literal["puct", "gumbel"] = "gumbel"
     """Tree search: MuZero's, which `dirichlet_alpha`, `dirichlet_fraction` and `temperature` belong to, or Gumbel
     MuZero's, with `max_considered`, which needs fewer simulations."""
@@ -191,18 +196,18 @@ class Args:
     """Positions of an update."""
     unroll_steps: Annotated[int, 1, 1000] = 5
     """Steps K that the model is unrolled (MuZero: 5)."""
-    td_steps: Annotated[int, 1, 200] = 50
+    td_steps: Annotated[int, 1, LONGEST_PART] = 50
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
-    most 200)."""
+    most 200, as no part of an episode in the replay is longer)."""
     replay_size: Annotated[int, 2, 10**9] = 100_000
     """Positions in the replay buffer."""
     follow: Annotated[float, 0, 1] = 0.5
     """Cut a value target's n steps before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
-    never (MuZero; without reanalysis, too, 0 is the choice)."""
+    never (MuZero). With `reanalyze_ratio` 0, use 0."""
     reanalyze_ratio: Annotated[float, 0, 1000] = 40.0
-    """Searches of old positions for each environment step (which itself needs one): what the latest network finds takes
-    the place of policy and value of when the position was played (MuZero Reanalyze)."""
+    """Searches of old positions for each environment step (which itself needs one): the policy and the value that are
+    found with the latest network take the place of those of the replay (MuZero Reanalyze)."""
     priority_exponent: Annotated[float, 0, 10] = 0.0
     """Exponent of the priorities |value - value target|, where value is the search's when a position is stored, and the
     network's after each training on it; 0: positions are drawn uniformly (MuZero: 1)."""
@@ -230,7 +235,7 @@ class Args:
     """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
     support: Annotated[int, 1, 10**4] = 25
     """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25; what is
-    larger is clipped. With a negative `gamma` they are not scaled: lost, drawn and won for 1."""
+    larger is clipped. With a negative `gamma` they are not scaled: 1 has the categories lost, drawn, won."""
 
     def __post_init__(self):
         check_ranges(self)
@@ -309,7 +314,7 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; a Box's bounds it may exceed, if it is finite."""
+    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, if finite."""
     if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
     array = np.asarray(obs)
@@ -336,15 +341,21 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 def memory_of(env: gym.Env) -> dict:
     """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    return copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
+    try:
+        json.dumps(memory)
+    except TypeError as error:  # a checkpoint could not hold it
+        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
+    return memory
 
 
 def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed and the purpose's number; different purposes are independent.
+    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
+    number); different purposes are independent. (Zeros at the end of a key do not count.)
 
     The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
     """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
 class Episode:
@@ -352,7 +363,7 @@ class Episode:
 
     Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
     holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it as `state_dict()` and `load_state_dict()`.
+    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
     """
 
     def __init__(self, env: gym.Env, *key: int):
@@ -372,7 +383,7 @@ class Episode:
             raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
 
     def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, for some environments write the next one into the same array."""
+        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
         check_observation(obs, self.env.observation_space)
         self.obs = copy.deepcopy(obs)
 
@@ -534,25 +545,25 @@ Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
 # ---------------------------------------------------------------------------------------------------------------------
 # The network is written in what PyTorch and NumPy have in common: it is trained as tensors and searched, on a CPU, as
 # arrays that share their memory, because for a few rows at a time calls of NumPy cost half of those of PyTorch.
-Values = Tensor | Array
-Parameters = Mapping[str, Values]
+Numbers = Tensor | Array
+Parameters = Mapping[str, Numbers]
 
 
-def library(x: Values) -> ModuleType:
+def library(x: Numbers) -> ModuleType:
     return torch if isinstance(x, Tensor) else np
 
 
-def scale(x: Values) -> Values:
+def scale(x: Numbers) -> Numbers:
     """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, which keeps targets small (MuZero, appendix F)."""
     return library(x).sign(x) * (library(x).sqrt(abs(x) + 1) - 1) + 0.001 * x
 
 
-def unscale(y: Values) -> Values:
+def unscale(y: Numbers) -> Numbers:
     """The inverse of h."""
     return library(y).sign(y) * (((library(y).sqrt(1 + 0.004 * (abs(y) + 1 + 0.001)) - 1) / 0.002) ** 2 - 1)
 
 
-def softmax(logits: Values) -> Values:
+def softmax(logits: Numbers) -> Numbers:
     exp = library(logits).exp(logits - library(logits).amax(logits, -1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
 
@@ -564,23 +575,23 @@ def two_hot(x: Tensor, support: int, scaled: bool = True) -> Tensor:
     return (1 - (x[..., None] - bins).abs()).clamp(min=0)
 
 
-def expectation(logits: Values, scaled: bool = True) -> Values:
+def expectation(logits: Numbers, scaled: bool = True) -> Numbers:
     """(..., 2 * support + 1) -> (...): the inverse of `two_hot`, of logits."""
     bins = np.arange(logits.shape[-1], dtype=np.float32) - logits.shape[-1] // 2
     mean = softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins)
     return unscale(mean) if scaled else mean
 
 
-HEADS = ("reward", "value", "policy")  # in the order in which `predict` gives their logits (a search wants another)
+HEADS = ("reward", "value", "policy")  # in the order of `predict`; `Agent.heads`: reward, policy, value
 
 
 class Net(NamedTuple):
     """The functions of a network, of which the parameters are the first argument."""
 
-    represent: Callable[..., Values]  # observations (B, ...) -> latents (B, ...)
-    dynamics: Callable[..., Values]  # latents, actions (B,) -> the next latents
-    predict: Callable[..., list[Values]]  # latents -> logits of the reward that led there, the value and the policy
-    two_players: bool  # a zero-sum game: values -1, 0, 1 are the categories, not scaled by h
+    represent: Callable[..., Numbers]  # observations (B, ...) -> latents (B, ...)
+    dynamics: Callable[..., Numbers]  # latents, actions (B,) -> the next latents
+    predict: Callable[..., list[Numbers]]  # latents -> logits of the reward that led there, the value and the policy
+    two_players: bool  # a zero-sum game: values are categories from -support to support, not scaled by h
 
 
 def make_network(
@@ -624,41 +635,42 @@ def make_network(
     return net, parameters
 
 
-def dense(parameters: Parameters, name: str, x: Values) -> Values:
+def dense(parameters: Parameters, name: str, x: Numbers) -> Numbers:
     return x @ parameters[f"{name}_weight"] + parameters[f"{name}_bias"]
 
 
-def relu(x: Values) -> Values:
+def relu(x: Numbers) -> Numbers:
     return F.relu(x) if isinstance(x, Tensor) else np.maximum(x, 0)
 
 
-def two_layers(parameters: Parameters, hidden: str, output: str, x: Values) -> Values:
+def two_layers(parameters: Parameters, hidden: str, output: str, x: Numbers) -> Numbers:
     return dense(parameters, output, relu(dense(parameters, hidden, x)))
 
 
-def bounded(latent: Values) -> Values:
+def bounded(latent: Numbers) -> Numbers:
     """Each latent state (B, ...) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
     axes = tuple(range(1, latent.ndim))
     low, high = library(latent).amin(latent, axes, keepdims=True), library(latent).amax(latent, axes, keepdims=True)
     return (latent - low) / library(latent).clip(high - low, 1e-5, None)
 
 
-def represent(parameters: Parameters, obs: Values) -> Values:
+def represent(parameters: Parameters, obs: Numbers) -> Numbers:
     """obs (B, obs_size) -> latent (B, L)."""
     return bounded(two_layers(parameters, "represent", "latent", obs))
 
 
-def dynamics(parameters: Parameters, latent: Values, action: Values, turns: bool = False) -> Values:
-    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`; `turns`: as the other player sees it."""
+def dynamics(parameters: Parameters, latent: Numbers, action: Numbers, turns: bool = False) -> Numbers:
+    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`; `turns`: as the other player sees
+    it."""
     # The rows of the weights behind the latent's are what a one-hot action selects.
     weight, size = parameters["step_weight"], latent.shape[-1]
     hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
     change = dense(parameters, "next_latent", hidden)
-    # Most steps change little, but not where it is another who looks. (Those of images start from nothing anyway.)
+    # Most steps change little; but with two players the point of view changes, too. (`dynamics_image` never adds.)
     return bounded(change if turns else latent + change)
 
 
-def predict(parameters: Parameters, latent: Values) -> list[Values]:
+def predict(parameters: Parameters, latent: Numbers) -> list[Numbers]:
     """latent (B, L) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
     (B, A)."""
     return [two_layers(parameters, f"{name}_hidden", name, latent) for name in HEADS]
@@ -678,8 +690,10 @@ def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
 def represent_image(parameters: Parameters, obs: Tensor) -> Tensor:
     """obs (B, height, width, planes) -> latent (B, channels, h, w), the smaller one of h and w not above 12."""
     x = obs.permute(0, 3, 1, 2)
-    for index in itertools.takewhile(lambda index: f"halve_{index}_weight" in parameters, itertools.count()):
+    index = 0
+    while f"halve_{index}_weight" in parameters:
         x = F.relu(convolve(parameters, f"halve_{index}", x, stride=2))
+        index += 1
     return bounded(residual(parameters, "latent", F.relu(convolve(parameters, "represent", x))))
 
 
@@ -708,12 +722,13 @@ def unrolled_loss(
     net: Net, parameters: Parameters, batch: dict[str, Tensor], value_weight: float, consistency_weight: float = 0.0
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
-    (B, K + 1, ...); known (B, K + 1): 0 from where an episode is cut off on; acting (B, K + 1): 0 from its end on;
-    weight (B,); with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss,
-    the first value predictions (B,), and the mean losses of each step, where it counts: (K + 1,), of rewards and
-    consistency (K,).
+    (B, K + 1, ...); acting (B, K + 1): 1 where an action was taken, 0 from the last state on, which masks policy and
+    consistency; known (B, K + 1): the same, and also 1 after a termination, which masks value and reward; weight (B,);
+    with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss, the first value
+    predictions (B,), and the mean losses of each step, where it counts: (K + 1,), of rewards and consistency (K,).
 
-    Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics.
+    Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics
+    (MuZero, appendix G).
     """
     count, steps = batch["action"].shape
     latents = [net.represent(parameters, batch["obs"])]
@@ -754,7 +769,7 @@ def unrolled_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 class Replay:
     """Positions of the latest episodes in a ring. An episode, or a part of one, is T rows for its steps and one for the
-    state after them; as old rows are overwritten from its beginning, what follows a row is always there."""
+    state after them; an old one is overwritten from its first row on: what follows a row is there as long as it is."""
 
     def __init__(
         self, obs_shape: tuple[int, ...], obs_dtype: Any, num_actions: int, capacity: int, follow: float = 0.0
@@ -805,11 +820,11 @@ class Replay:
         the state is searched. With `follow`, n ends before the first action that today's policy would not take: where
         that is the first of all, the target is the search's own value."""
         columns, index, discounts = self.columns, self.onwards(rows, n), float(gamma) ** np.arange(n + 1)
-        counts = np.arange(n) < columns["left"][rows][:, None]  # (R, n)
+        used = np.arange(n) < columns["left"][rows][:, None]  # (R, n): which rewards
         if follow:
-            counts = np.logical_and.accumulate(counts & columns["followed"][index], axis=1)
-        ahead = counts.sum(1)  # (R,)
-        rewards = np.where(counts, columns["reward"][index], 0) @ discounts[:n]
+            used = np.logical_and.accumulate(used & columns["followed"][index], axis=1)
+        ahead = used.sum(1)  # (R,)
+        rewards = np.where(used, columns["reward"][index], 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % len(columns["value"])]
 
     def sample(
@@ -819,7 +834,7 @@ class Replay:
         columns, priority = self.columns, self.columns["priority"]
         cumulated = priority.cumsum()
         rows = cumulated.searchsorted(rng.random(count) * cumulated[-1], side="right")
-        weight = 1 / (np.count_nonzero(priority) * (priority[rows] / cumulated[-1]))
+        weight = 1 / (np.count_nonzero(priority) * (priority[rows] / cumulated[-1]))  # 1 / (N P(i)): MuZero, appendix G
 
         index = self.onwards(rows, steps + 1)  # (B, K + 1)
         offset, left = np.arange(steps + 1), columns["left"][rows][:, None]
@@ -867,7 +882,8 @@ class Tree:
 
     What belongs to an action of a node, an edge, is in arrays (B * (N + 1), A), of which `edge = row * A + action` is
     the flat index. A node's value is the mean of what came back through it, its own prediction included; the value
-    of an edge, Q, is its reward plus the discounted value of the node behind it.
+    of an edge, Q, is its reward plus the discounted value of the node behind it. The roots: latent (B, ...), logits
+    (B, A), the network's value (B,), legal (B, A) bool.
     """
 
     def __init__(
@@ -896,15 +912,15 @@ class Tree:
         """Down all trees by the `selected` actions of their nodes, to an edge with no node behind it. Returns these
         edges (B,) and the path: for each level the trees still walking, their nodes' rows and their edges."""
         walking, node, path = np.arange(len(self.roots)), self.roots, []
-        last = np.empty(len(self.roots), np.int64)
+        leaf_edge = np.empty(len(self.roots), np.int64)
         while len(walking):
             edge = node * self.num_actions + selected.take(node)
             path.append((walking, node, edge))
-            last[walking] = edge  # until there is a deeper one
+            leaf_edge[walking] = edge  # until there is a deeper one
             behind = self.child.take(edge)
             inside = behind >= 0
             walking, node = walking[inside], behind[inside]
-        return last, path
+        return leaf_edge, path
 
     def back_up(self, path: list[tuple[Array, Array, Array]], leaf_value: Array, discount: float) -> Array:
         """Takes the values of new leaves (B,) up their paths; returns the rows that it changed."""
@@ -937,12 +953,12 @@ def search(
     once, and a step down is but a look into a table.
     """
     selected = np.zeros(len(tree.value), np.int64)
-    selected[tree.roots] = select(tree.roots)
+    selected[tree.roots] = select(tree.roots)  # also where `select_root` decides, which may rely on it
     for simulation in range(num_simulations):
         if select_root is not None:
             selected[tree.roots] = select_root()
-        leaf, path = tree.walk(selected)
-        node, action = np.divmod(leaf, tree.num_actions)
+        edge, path = tree.walk(selected)
+        node, action = np.divmod(edge, tree.num_actions)
         latent, reward, logits, value = recurrent(tree.latent.take(node, axis=0), action)
         new = tree.roots + simulation + 1
         tree.add(new, latent, logits, value)
@@ -961,14 +977,14 @@ def exploration(num_simulations: int, base: float = 19_652, init: float = 1.25) 
 
 
 def rescale(tree: Tree, q: Array, low: Array, high: Array) -> Array:
-    """Q (B, A) to [0, 1], from `low` and `high` (B, 1); less far apart where these are close."""
+    """Q (B, A) to [0, 1], from `low` and `high` (B, 1), divided by `tree.min_range` at least."""
     return (q - low) / np.maximum(high - low, tree.min_range)
 
 
 def puct(tree: Tree, node: Array, table: Array) -> Array:
     """Scores (B, A) of the actions of nodes (B,): MuZero, equation 2, with the conventions of mctx: Q is normalised to
-    [0, 1] between the smallest and the largest of the value of the node, not of the whole tree, and the Q of its
-    visited actions; an action that was not visited counts as the smallest."""
+    [0, 1] over the node's value and the Q of its visited actions (the paper: over the whole tree); an action that was
+    not visited counts as the smallest."""
     visits, value = tree.edge_visits.take(node, axis=0), tree.value.take(node)[:, None]
     seen = np.where(visits > 0, tree.q.take(node, axis=0), value)
     low, high = np.minimum(seen.min(1, keepdims=True), value), np.maximum(seen.max(1, keepdims=True), value)
@@ -979,7 +995,7 @@ def puct(tree: Tree, node: Array, table: Array) -> Array:
 def muzero_search(
     recurrent: Recurrent, tree: Tree, legal: Array, discount: float, num_simulations: int
 ) -> tuple[Array, Array]:
-    """MuZero, appendix B. `legal` (B, A) holds at the root only: below it the model has learned what cannot be done.
+    """MuZero, appendix B. `legal` (B, A) holds at the root only: below it, the prior has learned to avoid the rest.
 
     Returns the policies found (B, A), the shares of the visits, and the most visited actions (B,).
     """
@@ -1019,7 +1035,7 @@ def completed_q(tree: Tree, node: Array) -> Array:
 
 def sigma(tree: Tree, node: Array, c_visit: float = 50, c_scale: float = 0.1) -> Array:
     """The completed Q (B, A) of nodes (B,) as what is added to logits (equation 8), rescaled to [0, 1] before, as in
-    mctx, from which the constants are (the paper's c_visit and c_scale)."""
+    mctx, from which the constants are (the paper's for Atari; for board games its c_scale is 1)."""
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
@@ -1116,8 +1132,8 @@ class Agent:
             return rows.astype(np.float32) / 255
         return ((rows - self.mean) / self.std).clip(-10, 10) if self.standardises else rows
 
-    def infer(self, function: Callable[..., Values], *arrays: Array) -> Array:
-        """Calls a function of the network with arrays, wherever it is."""
+    def infer(self, function: Callable[..., Numbers], *arrays: Array) -> Array | list[Array]:
+        """What a function of the network says of arrays, as arrays, wherever the network is."""
         if self.arrays:
             return function(self.view, *arrays)
         with torch.inference_mode():
@@ -1163,13 +1179,14 @@ class Agent:
         mask = (info or {}).get("action_mask")
         if mask is None:
             return np.ones(self.num_actions, bool)
-        self.masked, mask = True, np.asarray(mask, bool)
+        mask = np.asarray(mask, bool)
         if mask.shape != (self.num_actions,) or not mask.any():
             raise Failure(f"info['action_mask'] must allow one of {self.num_actions} actions, not be {mask.tolist()}")
         return mask
 
     def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
         """Actions for all environments, drawn as self-play does."""
+        self.masked |= any("action_mask" in (info or {}) for info in infos)
         legal = np.stack([self.legal(info) for info in infos])
         policy, action, value, tree = self.plan(np.stack([self.row(obs) for obs in observations]), legal, self.rng)
         self.found = list(zip(policy, value.tolist(), legal, strict=True))
@@ -1200,15 +1217,15 @@ class Agent:
         truncated: bool = False,
         env: int = 0,
     ) -> None:
-        """Stores one step of an environment; its episode goes to the replay when it ends, or in parts of up to 200."""
+        """Stores one step of an environment; its episode goes to the replay when it ends, or in parts."""
         part = self.parts[env]
         part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
         self.steps += 1
         # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
         # some actions are not allowed it is better to wait, as the last state of a part is never searched.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
-        length = 200 if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
-        if terminated or truncated or len(part) >= min(length, args.replay_size - 1):
+        length = LONGEST_PART if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
+        if terminated or truncated or len(part) >= min(length, LONGEST_PART, args.replay_size - 1):
             self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
 
@@ -1366,7 +1383,7 @@ def find_device(name: str) -> torch.device:
 SCRIPT = Path(__file__).stem
 CHECKPOINT = "checkpoint.pt"
 CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "resume", "evaluate"}
+CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
 CHANGEABLE.update({"eval_env_kwargs", "play"})
 
 
@@ -1396,14 +1413,18 @@ def parse_args() -> Args:
         if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
             print(f"settings for {env_id}: {', '.join(preset)}")
         return args
-    default = saved_args(folder)
-    args = tyro.cli(Args, default=default)
+    args = tyro.cli(Args, default=saved_args(folder))
     if args.resume and args.evaluate:
         raise Failure("--resume and --evaluate exclude each other")
-    changed = [name for name in vars(args) if getattr(args, name) != getattr(default, name) and name not in CHANGEABLE]
-    if changed:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
+    check_unchanged(args, folder)
     return args
+
+
+def check_unchanged(args: Args, folder: str) -> None:
+    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
+    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
+    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
+        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
 
 
 def saved_args(folder: str) -> Args:
@@ -1434,7 +1455,7 @@ def make_eval_envs(args: Args) -> list[gym.Env]:
 def greedy_episodes(
     agent: Any, envs: list[gym.Env], args: Args, memory: dict
 ) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` whole episodes side by side, as a search of many states costs little more than one of one;
+    """`args.eval_episodes` episodes side by side, as a search of many states costs little more than one of one;
     with `args.capture_video` pictures of the first."""
     limit = envs[0].spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
     if memory:
@@ -1456,8 +1477,8 @@ def greedy_episodes(
 class Run:
     """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
 
-    With `args.resume` it continues the run of that folder; with `args.evaluate` it takes no step and writes nothing but
-    videos. Of the agent it asks what `greedy_episodes` does, `metrics()`, `state_dict()` and `load_state_dict(state)`.
+    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
+    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
     """
 
     def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
@@ -1466,7 +1487,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
-        if args.resume and args.total_timesteps < self.step:
+        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
             print(f"resumed at step {self.step} of {args.total_timesteps}")
@@ -1489,8 +1510,8 @@ class Run:
         )
 
     def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of environment steps, including the one that the caller makes next (or the `stride`
-        parallel ones); after it, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
+        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
+        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
         args, caught, handlers = self.args, [], {}
 
         def stop(number: int, _: Any) -> None:
@@ -1506,7 +1527,8 @@ class Run:
                 yield self.step + stride
                 before, self.step = self.step, self.step + stride
                 self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):  # a NaN is not kept
+                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
+                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
                     sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
                     timed_from = self.step, time.time()
                     self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
@@ -1537,7 +1559,7 @@ class Run:
             elif math.isfinite(value):
                 summary.value.add(tag=tag, simple_value=value)
             else:
-                raise Failure(f"step {step}: {tag} is {value}; a checkpoint in {self.path} is from before")
+                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
         self.write(Event(wall_time=time.time(), step=step, summary=summary))
 
     def log_episode(self, step: int, episode: Episode) -> None:
@@ -1582,6 +1604,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
+        check_unchanged(self.args, str(self.path))
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

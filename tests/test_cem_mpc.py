@@ -446,6 +446,13 @@ def test_a_return_that_is_no_number_never_wins(planner, bad):
     assert plans.isfinite().all()
 
 
+def test_where_few_returns_are_numbers_only_these_count():
+    returns = torch.tensor([-math.inf, 1.0, math.nan, 3.0, math.inf])
+    best, finite = cem_mpc.best_sequences(torch.arange(5.0).view(5, 1, 1), returns, 4)
+    assert best.flatten()[:2].tolist() == [3, 1]
+    assert finite.tolist() == [True, True, False, False]
+
+
 def test_cem_returns_the_mean_of_the_best_and_momentum_weighs_the_old():
     seen: list[Tensor] = []
 
@@ -693,7 +700,7 @@ def test_value_does_not_promise_much_where_nothing_was_seen():
     far = torch.tensor([[5.0, 5], [-5, 5], [5, -5], [-5, -5]])
 
     def discount(obs: torch.Tensor) -> float:  # what the value is below the mean of its networks, for not being sure
-        mean = value.each(obs.expand(value.networks, -1, -1)).mean(0) * value.return_std + value.return_mean
+        mean = value.standardised(obs.expand(value.networks, -1, -1)).mean(0) * value.return_std + value.return_mean
         return (mean.clamp(max=value.most) - value(obs)).mean().item()
 
     assert discount(far) > 3 * discount(far / 20) > 0
@@ -721,8 +728,8 @@ def test_the_lookahead_is_what_the_elites_foresee_in_turn():
     agent.generator.set_state(before)
     torch.randint(40, (60,), generator=agent.generator)
     for _ in range(3):
-        agent.random_actions(60)
-    sequences = [agent.random_actions(3).tolist() for _ in range(16)]
+        agent.random_indices(60)
+    sequences = [agent.random_indices(3).tolist() for _ in range(16)]
     for option, row in ((0, 3), (1, 17), (5, 39), (15, 50)):
         layers = agent.model.select(agent.model.elites[option % len(agent.model.elites)][None])
         state, total, alive = states[row].view(1, 1, -1), 0.0, 1.0

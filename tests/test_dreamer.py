@@ -570,7 +570,7 @@ def test_the_scale_of_numbers_is_measured_while_it_learns(standardise):
     for steps, measured in ((100, 100), (1, 100), (20, 121)):
         steps_of(agent, steps, ())
         agent.update()
-        assert agent.measured == standardise * measured
+        assert agent.scaled_at == standardise * measured
     assert bool((agent.std == 1).all()) != standardise
     assert agent.replay.latest("vector").shape == (121, 3)  # of the one environment that was played
 
@@ -693,6 +693,14 @@ def test_discount_is_not_rounded_in_half_precision():
         )
     assert found == pytest.approx(1 - 1 / 333, abs=1e-4)
     assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)
+
+
+def test_values_are_not_rounded_in_half_precision():
+    log_prob = torch.zeros(1, len(BINS), requires_grad=True)
+    dreamer.two_hot_loss(log_prob, torch.tensor([100.3]), BINS).backward()
+    distribution = (-log_prob.grad).clamp_min(1e-30).log()  # the gradient is minus the two-hot distribution
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dreamer.two_hot_mean(distribution, BINS).item() == pytest.approx(100.3, abs=1e-2)
 
 
 def test_prior_learns_from_dyn_and_posterior_from_rep_and_not_the_other_way_round():

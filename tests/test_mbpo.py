@@ -273,6 +273,9 @@ def test_a_rollout_ends_where_the_ensemble_disagrees_and_counts_less_where_it_do
     assert 0 < known.sum() < 40
     assert torch.equal(rows["obs"], obs[known])
     torch.testing.assert_close(rows["weight"], 1 / (1 + spread[known]))
+    agent.model.delta_std[0] = 0  # what never changes is predicted without error
+    fewer = mbpo.disagreement(agent.model, obs, torch.zeros(40, ACTION), 7)
+    torch.testing.assert_close(fewer, spread * (OBS - 1) / OBS)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=12))

@@ -501,7 +501,7 @@ def test_where_some_actions_are_not_allowed_no_game_is_cut_for_the_first_update(
     """The last state of a part would keep the value that the network had in the beginning."""
     args = small_args(num_envs=4, learning_starts=100, unroll_steps=5)
     agent = muzero.Agent(gym.spaces.Discrete(5), gym.spaces.Discrete(2), args)
-    agent.legal({"action_mask": np.array([0, 1])})
+    agent.act_many([0] * 4, [{"action_mask": np.array([0, 1])}] * 4)
     agent.found = [(np.array([0.0, 1.0]), 0.0, np.array([False, True]))] * 4
     for step in range(60):
         agent.observe(0, 1, 0.0, 0, step == 59, env=0)
@@ -728,6 +728,27 @@ def test_an_agent_knows_whether_some_actions_are_not_allowed():
     assert not agent.masked
     agent.act(np.zeros(2), {"action_mask": np.array([0, 1], np.int8)})
     assert agent.masked
+
+
+def test_a_mask_in_an_evaluation_does_not_touch_the_agent():
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args())
+    agent.greedy_policy(1)(np.zeros(2), {"action_mask": np.array([0, 1], np.int8)})
+    assert not agent.masked
+
+
+def test_no_part_of_an_episode_is_longer_than_value_targets_allow_for():
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args(learning_starts=1_000))
+    agent.found = [(np.array([0.5, 0.5]), 0.0, np.array([True, True]))]
+    for _ in range(1_000):
+        agent.observe(np.zeros(2), 1, 0.0, np.zeros(2), False)
+    assert agent.replay.columns["left"].max() == muzero.LONGEST_PART
+
+
+def test_a_finished_run_whose_last_steps_were_side_by_side_can_be_resumed(tmp_path, monkeypatch):
+    args = small_args(num_envs=8, total_timesteps=20, learning_starts=10**6, run_dir=str(tmp_path))
+    assert muzero.train(args)["env_steps"] == 24
+    (folder,) = tmp_path.iterdir()
+    assert muzero.train(dataclasses.replace(args, resume=str(folder)))["env_steps"] == 24
 
 
 @pytest.mark.parametrize("mask", [np.zeros(2, np.int8), np.ones(3, np.int8)])

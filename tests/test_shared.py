@@ -557,6 +557,8 @@ def test_folders_that_cannot_be_resumed(script, monkeypatch, capsys, tmp_path):
     assert "started with another gamma" in refuses("--resume", run, "--gamma", 0.5)
     assert "started with another env_id, seed" in refuses("--evaluate", run, "--seed", 7, "--env-id", "Taxi-v4")
     assert "exclude each other" in refuses("--resume", run, "--evaluate", run)
+    with pytest.raises(script.Failure, match="started with another"):  # nor do those that call `train` by themselves
+        script.train(tiny_args(script, resume=str(run), seed=7))
     args = run / "args.json"
     text = args.read_text()
     assert "has 600 steps already" in refuses("--resume", run, "--total-timesteps", 300)
@@ -606,6 +608,18 @@ def test_the_memory_of_an_environment_is_not_shared_with_it(script):
     memory = script.memory_of(env)
     env.notes["steps"].append(2)
     assert memory == {"steps": [1]}
+
+
+def test_the_memory_of_an_environment_must_be_what_a_checkpoint_can_hold(script):
+    class Remembers(gym.Env):
+        def state_dict(self) -> dict:
+            return {"walls": np.zeros(3)}
+
+        def load_state_dict(self, state: dict) -> None:
+            raise AssertionError
+
+    with pytest.raises(script.Failure, match=r"ndarray.*plain numbers"):
+        script.memory_of(Remembers())
 
 
 def test_damaged_checkpoints_are_refused_and_the_older_one_is_kept_and_named(script, monkeypatch, capsys, tmp_path):
