@@ -99,7 +99,7 @@ def run_on_cluster(suite: Suite, address: str, every: float = 2.0) -> int:
     def submit_again(job: Job, why: str) -> None:
         """For a run whose node was lost; one that gets lost again and again may be the cause of it."""
         losses[str(job.log)] += 1
-        if losses[str(job.log)] > 10:
+        if losses[str(job.log)] >= 10:
             return fail(job, f"lost 10 times, {why}")
         bar.write(f"lost ({why}), goes on elsewhere: {job}", sys.stderr)
         submit(job.continued())

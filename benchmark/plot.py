@@ -154,7 +154,7 @@ def draw_panel(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = suite.ylim
     ours = dict.fromkeys(entry.label for entry in suite.entries if not entry.baseline)
-    colours, labels = dict(zip(ours, itertools.cycle(COLOURS), strict=False)), []
+    colours, labels = dict(zip(ours, COLOURS[: len(ours)], strict=True)), []  # more lines than colours: an error
     for entry in (entry for entry in suite.entries if entry.env_id == env):
         runs = algorithms[entry.label]
         x, scores = curves_of(suite, runs) if times is None else over_minutes(runs, times[env, entry.label])
@@ -205,7 +205,7 @@ def table(suite: Suite) -> str:
         for label, runs in algorithms.items():
             x, scores = curves_of(suite, runs)
             found_at = {at: x.searchsorted(at) for at in suite.table_at if at <= x[-1]}
-            found_at = {at: column for at, column in found_at.items() if x[column] < 1.05 * at + 1}  # PPO: a bit later
+            found_at = {at: column for at, column in found_at.items() if x[column] < 1.05 * at + 1}  # PPO: 5 % later
             columns = list(found_at.values())
             numbers = zip(*(values[columns] for values in summarize(suite, scores)), strict=True)
             if suite.statistic == "mean":

@@ -1,7 +1,7 @@
 """Two small environments: one to be seen, in pictures, and one to be remembered.
 
-python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0
-python dreamer.py --env-id benchmark.tasks:Recall-v0
+python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0 --warmup 1000 --entropy-scale 3e-3
+python dreamer.py --env-id benchmark.tasks:Recall-v0 --env-kwargs delay=3 --warmup 1000 --entropy-scale 3e-3
 
 The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only, and
 the tasks of dm_control (`pip install shimmy "mujoco<4" dm_control`), with actions that are repeated:
