@@ -1198,6 +1198,8 @@ class Agent:
 
     def act(self, obs: Any, info: dict | None = None) -> Any:
         """An action for the one environment there is."""
+        if self.args.num_envs > 1:
+            raise Failure(f"act is for num_envs=1; for {self.args.num_envs} environments there is act_many")
         return self.act_many([obs])[0]
 
     def to_env(self, action: Tensor) -> Any:

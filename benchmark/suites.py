@@ -545,7 +545,7 @@ DECLARED = (
         title="MBPO with one network and with an ensemble (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
-            Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 3, ONE_NETWORK),
+            Entry("one network", "mbpo.py", "Pendulum-v1", 3_000, 5, ONE_NETWORK),
         ),
         **MBPO_CLAIM,
     ),
