@@ -44,7 +44,7 @@ Details are those of the authors' code, danijar/dreamerv3 at commit e3f0224. Thi
 
 Run:     python dreamer.py
          python dreamer.py --size 12m --batch-length 64 --imagination-starts 64 --train-ratio 512 --learning-rate 4e-5
-             --warmup 1000 --compile                (on a GPU; batches, step size and ratio of the authors)
+             --warmup 1000 --compile                (on a GPU; batches and step size of the authors)
          python dreamer.py --help
 Expect:  CartPole-v1 (--total-timesteps 50000): a return of 475 or more (of 500) for the first time at 3,000 to 7,000
          steps (5 of 5 seeds), with relapses: 16 of the 224 evaluations after it are lower, of those from 32,000 to

@@ -398,8 +398,9 @@ DECLARED = (
         threshold=-250,
         **EVALUATIONS,
     ),
-    # Batches, step size and ratio are the authors'. They count the simulator's steps, two for each of ours: the points
-    # are those at 10, 20, 30 and 50 thousand of theirs (danijar/dreamerv3, `scores`, mean of 5 seeds).
+    # Batches and step size are the authors'; so were size and ratio (now theirs are 1m and 1,024). They count the
+    # simulator's steps, two for each of ours: the points are those at 10, 20, 30 and 50 thousand of theirs
+    # (danijar/dreamerv3, `scores`, mean of 5 seeds).
     Suite(
         name="dreamer_reacher",
         title="reacher-easy of dm_control, actions repeated twice",
