@@ -558,6 +558,14 @@ DECLARED = (
             Entry(
                 "without model, 10 updates a step", "mbpo.py", "Pendulum-v1", 3_000, 5, "--real-ratio 1", baseline=True
             ),
+            Entry(
+                "the same, DroQ's critics",
+                "mbpo.py",
+                "Pendulum-v1",
+                3_000,
+                3,
+                "--real-ratio 1 --critic-layer-norm --critic-dropout 0.01",
+            ),
         ),
         **MBPO_CLAIM,
     ),
