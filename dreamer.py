@@ -52,8 +52,9 @@ Expect:  CartPole-v1 (--total-timesteps 50000): a return of 475 or more (of 500)
          Pendulum-v1 (--total-timesteps 30000): above -250 for the first time at 3,000 or 4,000 steps (3 of 3 seeds);
          14 of the 80 evaluations after it are lower, mostly because one of 5 episodes fails; -101, -153, -321 after
          30,000 steps.
-         These were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs; on 2 CPU cores that five
-         programs shared, 10,000 steps took 19 minutes. dm_control, pictures and memory: benchmark/README.md.
+         Acrobot-v1 (--total-timesteps 20000): -77, -81, -104 (3 seeds), 17 minutes on one CPU core.
+         The first two were run on a GPU, where 10,000 steps take 3 minutes beside nine other runs. dm_control, pictures
+         and memory: benchmark/README.md.
 """
 
 import argparse

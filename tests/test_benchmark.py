@@ -148,6 +148,7 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         ("mbpo", "reacher", "without model, 1 update a step"),
         ("muzero", "acrobot", "MuZero"),
         ("dreamer", "dreamer_pendulum", "Dreamer (GPU)"),
+        ("dreamer", "acrobot", "Dreamer"),
     ],
 )
 def test_what_a_script_says_to_expect_is_what_was_measured(script: str, suite: str, label: str):
