@@ -199,7 +199,8 @@ class Args:
     patience: Annotated[int, 1, 10**6] = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
     max_updates: Annotated[int, 1, math.inf] = 2_000
-    """Gradient steps after which a training ends in any case, at the end of an epoch (MBPO: none)."""
+    """Gradient steps after which a training ends in any case, at the end of an epoch, which has no more of them
+    (MBPO: none)."""
     holdout_ratio: Annotated[float, 0, 0.9] = 0.2
     """Probability that a transition goes to the hold-out set, which no network is trained on (MBPO: 0.2)."""
     max_holdout: Annotated[int, 1, math.inf] = 5_000
@@ -548,9 +549,11 @@ def fit(
     members, device = len(model.dynamics[0]), seen.device
     model.set_scale({name: column[seen] for name, column in columns.items()})
     holdout = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
-    # The bootstrap: every member has rows of its own, drawn with replacement.
-    rows = seen[torch.randint(len(seen), (members, len(seen)), generator=generator, device=device)]  # (E, N)
-    batch_size = min(args.model_batch_size, max(32, rows.shape[1] // 16))
+    batch_size = min(args.model_batch_size, max(32, len(seen) // 16))
+    # The bootstrap: every member has rows of its own, drawn with replacement; of much data no more than `max_updates`
+    # can use, which bounds the time of a training.
+    count = min(len(seen), args.max_updates * batch_size)
+    rows = seen[torch.randint(len(seen), (members, count), generator=generator, device=device)]  # (E, N)
     best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # errors (dynamics, reward)
     layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
     best_layers = [layer.detach().clone() for _, layer in layers]
