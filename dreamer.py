@@ -1198,9 +1198,7 @@ class Agent:
         return [self.to_env(action) for action in self.action]
 
     def act(self, obs: Any, info: dict | None = None) -> Any:
-        """An action for the one environment there is."""
-        if self.args.num_envs > 1:
-            raise Failure(f"act is for num_envs=1; for {self.args.num_envs} environments there is act_many")
+        """An action for the one environment there is. (With `num_envs` above 1 it has but its share of the replay.)"""
         return self.act_many([obs])[0]
 
     def to_env(self, action: Tensor) -> Any:

@@ -695,11 +695,6 @@ def test_discount_is_not_rounded_in_half_precision():
     assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)
 
 
-def test_one_action_for_several_environments_is_refused():
-    with pytest.raises(dreamer.Failure, match="act_many"):
-        small_agent(num_envs=2).act(np.zeros(2))
-
-
 def test_values_are_not_rounded_in_half_precision():
     log_prob = torch.zeros(1, len(BINS), requires_grad=True)
     dreamer.two_hot_loss(log_prob, torch.tensor([100.3]), BINS).backward()
