@@ -355,6 +355,7 @@ DECLARED = (
         name="acrobot",
         title="Acrobot-v1",
         entries=(
+            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 3, "--eval-every 500 --eval-episodes 5"),
             Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
             Entry("Dreamer", "dreamer.py", "Acrobot-v1", 20_000, 3, "--eval-every 2000 --eval-episodes 5"),
             Entry("SB3 DQN", SB3, "Acrobot-v1", 20_000, 5, "--algorithm dqn", baseline=True),
@@ -363,7 +364,7 @@ DECLARED = (
         arguments="--eval-every 1000 --eval-episodes 20",
         xlim=(0, 20_000),
         ylim=(-500, 0),
-        table_at=(1_000, 2_000, 4_000, 6_000, 8_000, 10_000, 14_000, 20_000),
+        table_at=(500, 1_000, 2_000, 4_000, 6_000, 8_000, 10_000, 14_000, 20_000),
         threshold=-100,
         **EVALUATIONS,
     ),
