@@ -831,9 +831,8 @@ class Replay:
         self.added[stream] += 1
         if self.added[stream] % self.length == 0:
             self.fresh.append((stream, int(self.added[stream] - self.length)))
-            del self.fresh[
-                : -(len(self.added) * self.capacity // self.length + 1)
-            ]  # with few updates: older than the replay
+            # With few updates: what is older than the replay.
+            del self.fresh[: -(len(self.added) * self.capacity // self.length + 1)]
 
     def starts(self) -> Array:
         """How many sequences each stream has, (streams,)."""
@@ -1491,6 +1490,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        # (Steps that are made side by side can lead beyond what was asked for.)
         if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
@@ -1608,7 +1608,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
-        check_unchanged(self.args, str(self.path))
+        check_unchanged(self.args, str(self.path))  # not only `parse_args` makes them
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:

@@ -227,7 +227,7 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Those of Hopper-v5 and below are the authors', but for `max_updates`, which bounds the cost of a training with much
-# data; where they truncated the observation, so do the environment's options. Of these only Hopper-v5 was run here.
+# data; where they truncated the observation, so do the environment's options. None of these is measured in benchmark/.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "tau": 0.005, "keep_trainings": 4}
 MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (
@@ -1248,6 +1248,7 @@ class Run:
         self.log_every = max(1, args.total_timesteps // 100)
         self.eval_envs = make_eval_envs(args)
         offset = self.restore() if args.resume or args.evaluate else 0
+        # (Steps that are made side by side can lead beyond what was asked for.)
         if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
             raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
         if args.resume:
@@ -1365,7 +1366,7 @@ class Run:
 
     def restore(self) -> int:
         """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
-        check_unchanged(self.args, str(self.path))
+        check_unchanged(self.args, str(self.path))  # not only `parse_args` makes them
         path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
         path = path if path.exists() or not previous.exists() else previous
         if not path.exists() and self.args.resume:
