@@ -9,7 +9,7 @@ gets the library's defaults. A run that is stopped begins anew when it is resume
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +106,7 @@ def train(args: Args) -> dict:
     name = f"{args.env_id}__{args.algorithm}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
     path = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
     episode = mbpo.Episode(mbpo.make_env(args), args.seed, 1)  # only counts
-    run = mbpo.Run(args, agent, [episode], path)
+    run = mbpo.Run(replace(args, resume=None), agent, [episode], path)  # begun anew: it has no checkpoint
     saved = {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": [mbpo.provenance()]}
     mbpo.write_json(path / "args.json", saved)
 
