@@ -458,7 +458,7 @@ DECLARED = (
         entries=(
             replace(MUZERO_CART_POLE, baseline=True),
             *(
-                Entry(label, "muzero.py", "CartPole-v1", 10_000, 3, f"--eval-episodes 20 {arguments}")
+                Entry(label, "muzero.py", "CartPole-v1", 8_000, 5, f"--eval-episodes 20 {arguments}")
                 for label, arguments in (
                     ("pUCT", "--search puct"),
                     ("no consistency loss", "--consistency-weight 0"),
@@ -470,9 +470,9 @@ DECLARED = (
             ),
         ),
         arguments="--eval-every 1000",
-        xlim=(0, 10_000),
+        xlim=(0, 8_000),
         ylim=(0, 520),
-        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 7_000, 8_000),
         threshold=475,
         **EVALUATIONS,
     ),
