@@ -476,6 +476,35 @@ def test_a_node_of_a_cluster_is_lost_and_the_results_are_the_same(folder, monkey
     assert "goes on elsewhere" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_that_is_lost_again_and_again_is_given_up(folder, monkeypatch, capsys):
+    pytest.importorskip("ray")
+    from benchmark import cluster
+
+    monkeypatch.setattr(cluster, "ROOT", folder)
+    (folder / "dyna_q.py").unlink()
+    (folder / "dyna_q.py").write_text("import os\nos.kill(os.getpid(), 9)\n")  # ends as if its node were lost
+    (folder / "dyna_q_plus.py").unlink()
+    (folder / "dyna_q_plus.py").write_text("raise SystemExit('no such maze')\n")
+    entries = tuple(dataclasses.replace(entry, seeds=1) for entry in SMALL.entries)
+    assert cluster.run_on_cluster(dataclasses.replace(SMALL, entries=entries), "local", every=0.05) == 2
+    said = capsys.readouterr().err
+    assert said.count("goes on elsewhere") == 9
+    assert said.count("lost 10 times") == 1
+    assert "failed (status 1: no such maze)" in said
+
+
+def test_no_two_lines_of_a_figure_have_the_same_colour():
+    labels = [f"line {number}" for number in range(len(plot.COLOURS) + 1)]
+    entries = tuple(dataclasses.replace(SMALL.entries[1], label=label) for label in labels)
+    curves = {label: [np.array([[0.0, 0.0], [6_000.0, 1.0]])] for label in labels}
+    axes = plot.Figure().subplots()
+    plot.draw_panel(axes, dataclasses.replace(SMALL, entries=entries[:-1]), "DynaMaze-v0", curves)
+    assert len({line.get_color() for line in axes.lines}) == len(plot.COLOURS)
+    with pytest.raises(ValueError, match="shorter"):
+        plot.draw_panel(axes, dataclasses.replace(SMALL, entries=entries), "DynaMaze-v0", curves)
+
+
 def test_a_ball_is_caught_by_who_follows_it():
     env = gym.make("benchmark.tasks:Catch-v0")
     for seed in range(20):
