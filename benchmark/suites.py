@@ -308,28 +308,28 @@ DECLARED = (
         threshold=-9.4,
         **EVALUATIONS,
     ),
-    # The authors' settings, who go on to 400,000 steps. A run of MBPO makes 400,000 updates of its policy.
+    # The authors' settings, who go on to 400,000 steps. A run of MBPO makes 200,000 updates of its policy.
     Suite(
         name="half_cheetah",
         title="HalfCheetah-v5",
         entries=(
-            Entry("MBPO", "mbpo.py", "HalfCheetah-v5", 15_000, 3),
+            Entry("MBPO", "mbpo.py", "HalfCheetah-v5", 10_000, 3),
             Entry(
                 "without model, 40 updates a step",
                 "mbpo.py",
                 "HalfCheetah-v5",
-                15_000,
+                10_000,
                 3,
                 "--real-ratio 1",
                 baseline=True,
             ),
-            Entry("without model, 1 update a step", "mbpo.py", "HalfCheetah-v5", 15_000, 3, MODEL_OFF, baseline=True),
-            Entry("SB3 SAC", SB3, "HalfCheetah-v5", 15_000, 3, "--algorithm sac", baseline=True),
+            Entry("SB3 SAC", SB3, "HalfCheetah-v5", 100_000, 3, "--algorithm sac --eval-every 5000", baseline=True),
         ),
         arguments="--eval-every 1000",
-        xlim=(0, 15_000),
+        xlim=(0, 100_000),
         ylim=(-500, 6_000),
-        table_at=(5_000, 6_000, 8_000, 10_000, 12_000, 15_000),
+        table_at=(5_000, 6_000, 7_000, 8_000, 9_000, 10_000, 20_000, 50_000, 100_000),
+        threshold=2_000,
         **EVALUATIONS,
     ),
     # Discrete actions.
@@ -355,6 +355,14 @@ DECLARED = (
         title="Acrobot-v1",
         entries=(
             Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 3, "--eval-every 500 --eval-episodes 5"),
+            Entry(
+                "PETS without a value",
+                "cem_mpc.py",
+                "Acrobot-v1",
+                2_000,
+                3,
+                "--eval-every 500 --eval-episodes 5 --no-terminal-value",
+            ),
             Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
             Entry("Dreamer", "dreamer.py", "Acrobot-v1", 20_000, 3, "--eval-every 2000 --eval-episodes 5"),
             Entry("SB3 DQN", SB3, "Acrobot-v1", 20_000, 5, "--algorithm dqn", baseline=True),

@@ -140,6 +140,7 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         ("cem_mpc", "pendulum", "PETS"),
         ("cem_mpc", "inverted_pendulum", "PETS"),
         ("cem_mpc", "reacher", "PETS"),
+        ("cem_mpc", "acrobot", "PETS"),
         ("mbpo", "pendulum", "MBPO"),
         ("mbpo", "inverted_pendulum", "without model, 1 update a step"),
         ("mbpo", "double_pendulum", "MBPO"),
