@@ -867,7 +867,13 @@ def test_compiled_it_plans_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("env_id", "wanted"),
-    [("Pendulum-v1", -200), ("CartPole-v1", 475), ("Reacher-v5", -9.4), ("InvertedPendulum-v5", 1000)],
+    [
+        ("Pendulum-v1", -200),
+        ("CartPole-v1", 475),
+        ("Acrobot-v1", -100),
+        ("Reacher-v5", -9.4),
+        ("InvertedPendulum-v5", 1000),
+    ],
 )
 def test_it_learns_with_the_settings_of_the_command_line(env_id, wanted, tmp_path: Path):
     if env_id.endswith("-v5"):
