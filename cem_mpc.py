@@ -303,10 +303,12 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 
 def bounded(space: gym.spaces.Box) -> bool:
-    """Whether the bounds of all actions are numbers, and apart, in single precision, too."""
-    with np.errstate(over="ignore"):
+    """Whether the bounds of all actions are numbers, and apart, in single precision, too, which tells 1,000 actions
+    between them apart."""
+    with np.errstate(over="ignore", invalid="ignore"):
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-        return bool(np.isfinite(high - low).all() and (low < high).all())
+        apart = high - low > 1e-4 * np.maximum(abs(low), abs(high))
+        return bool(np.isfinite([high - low, high + low]).all() and apart.all())
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -451,10 +453,18 @@ class Ensemble(nn.Module):
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
         """Takes means, standard deviations and the share of terminations from columns (N, size)."""
+
+        def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+            std = values.std(0, correction=0)
+            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0), 0.0, std)
+
         for name in ("obs", "action", "delta", "reward"):
-            std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
-            getattr(self, f"{name}_mean").copy_(data[name].mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
+            mean, std = moments(data[name])
+            if name == "obs":  # a flag that is raised when an episode ends is in next observations only
+                next_mean, next_std = moments(data["obs"] + data["delta"])
+                mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std)
         # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
         # to 1,000 times) as all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)

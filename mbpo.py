@@ -33,10 +33,14 @@ algorithm 1). The order is that of the authors' code, jannerm/mbpo: every 250 st
 rollouts are made. The fields name its settings. What else differs:
 
     - Reward and termination have networks of their own, without noise, which see the next observation. The termination
-      is learned and not given, so that an environment is all that is needed; rows that terminate weigh as much as all
-      others, so that an imagined step terminates where that is likelier than in the data on average.
+      is learned and not given, so that an environment is all that is needed, as long as the next observation shows
+      that it is the last; rows that terminate weigh as much as all others (up to 1,000 times as much), so that an
+      imagined step terminates where that is likelier than in the data on average. The price: where episodes end by
+      chance, or by an action that leaves no trace, far too many imagined steps do; there, give `termination_fn`.
     - What the ensemble predicts is standardised. A transition is held out from all trainings or from none (until there
       are more than `max_holdout`), and only the error of the dynamics decides when to stop.
+    - Every step is in the data at once (theirs: every episode, when it has ended or has 1,000 steps), and no more
+      random actions are taken than `learning_starts` says (theirs: up to the end of the episode).
     - The actor and the critics begin with PyTorch's initial weights (theirs with Keras'). The MuJoCo tasks are
       Gymnasium's v5, theirs Gym's v2.
 
@@ -135,7 +139,8 @@ class Args:
     """Record the first episode of each evaluation as a GIF in the run folder."""
 
     learning_starts: Annotated[int, 1, math.inf] = 500
-    """Steps with uniformly random actions before anything is learned (MBPO: 5,000; InvertedPendulum 500)."""
+    """Steps with uniformly random actions before anything is learned (MBPO: 5,000; the inverted pendulums 500, and no
+    update of the policy before 1,000)."""
     gamma: Annotated[float, 0, 1] = 0.99
     """Discount factor of the rewards (MBPO: 0.99)."""
     updates_per_step: Annotated[int, 0, 1000] = 10
@@ -157,18 +162,19 @@ class Args:
     """Entropy that the temperature aims at, of actions in [-1, 1]. None: minus half the number of their dimensions, as
     mostly in MBPO (SAC: minus their number)."""
     critic_layer_norm: bool = False
-    """Layer-normalise the critics, as DroQ does to make many updates a step without a model (Hiraoka et al. 2022)."""
+    """Layer-normalise the critics, as DroQ does to make many updates a step without a model (Hiraoka et al. 2022; it
+    updates the actor once a step, here as often as the critics)."""
     critic_dropout: Annotated[float, 0, 0.99] = 0.0
     """Dropout in the critics, along with it (Hiraoka et al. 2022: 0.01)."""
 
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
     """(a, b, x, y): rollouts are x steps long until step a, then linearly longer, up to y at step b; steps count
-    from `learning_starts` on (MBPO: the same, in epochs of 1,000 steps)."""
+    from `learning_starts` on (MBPO: the same, but it changes only every 1,000 steps)."""
     rollouts: Annotated[int, 1, 10**8] = 100_000
     """Rollouts after each training of the model, each from a state drawn from the real ones."""
     keep_trainings: Annotated[int, 1, 10**6] = 1
-    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1). What an
-    early model imagined, which had seen little, misleads for as long."""
+    """Imagined transitions are kept for at least so many trainings (MBPO: 4; the inverted pendulums 1,
+    Humanoid 5). What an early model imagined, which had seen little, misleads for as long."""
     max_disagreement: float | None = None
     """Not in the paper: a rollout ends before a step on which the elites disagree more than this: the standard
     deviation of their means, divided by that of a step's change in the data, averaged over dimensions. (On the pendulum
@@ -227,7 +233,8 @@ class Args:
 
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Those of Hopper-v5 and below are the authors', but for `max_updates`, which bounds the cost of a training with much
-# data; where they truncated the observation, so do the environment's options. None of these is measured in benchmark/.
+# data, and `eval_every`; where they truncated the observation, so do the environment's options. In benchmark/ only
+# HalfCheetah-v5 is among the declared suites.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "tau": 0.005, "keep_trainings": 4}
 MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (
@@ -316,10 +323,12 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 
 def bounded(space: gym.spaces.Box) -> bool:
-    """Whether the bounds of all actions are numbers, and apart, in single precision, too."""
-    with np.errstate(over="ignore"):
+    """Whether the bounds of all actions are numbers, and apart, in single precision, too, which tells 1,000 actions
+    between them apart."""
+    with np.errstate(over="ignore", invalid="ignore"):
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-        return bool(np.isfinite(high - low).all() and (low < high).all())
+        apart = high - low > 1e-4 * np.maximum(abs(low), abs(high))
+        return bool(np.isfinite([high - low, high + low]).all() and apart.all())
 
 
 def load_function(name: str | None) -> Callable | None:
@@ -464,10 +473,18 @@ class Ensemble(nn.Module):
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
         """Takes means, standard deviations and the share of terminations from columns (N, size)."""
+
+        def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+            std = values.std(0, correction=0)
+            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0), 0.0, std)
+
         for name in ("obs", "action", "delta", "reward"):
-            std, largest = data[name].std(0, correction=0), data[name].abs().amax(0)
-            getattr(self, f"{name}_mean").copy_(data[name].mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std <= 1e-6 * largest, 0.0, std))
+            mean, std = moments(data[name])
+            if name == "obs":  # a flag that is raised when an episode ends is in next observations only
+                next_mean, next_std = moments(data["obs"] + data["delta"])
+                mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std)
         # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
         # to 1,000 times) as all other rows.
         share = data["terminated"].mean().clamp_min(1e-9)

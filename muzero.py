@@ -38,17 +38,20 @@ steps as DeepMind's mctx. What differs from the papers:
       more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
     - Nearly equal Q stay close when they are rescaled (`min_range`).
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
-      (`consistency_weight`; there is no batch normalisation) holds latent states to the observations that come. Without
-      these, the model of CartPole blurred the effects of actions.
+      (`consistency_weight`; without its batch normalisation and its shifted pictures) holds latent states to the
+      observations that come. Without these, the model of CartPole blurred the effects of actions.
     - Self-play can repeat actions (`repeat`), which it does on Acrobot. By default no priorities are used.
-    - With two players the value alone encodes the result, before the end of a game and after it: rewards are 0. Values
-      are categories, and not scaled. The settings of the board games explore more.
+    - With two players the value alone encodes the result, before the end of a game and after it: the reward with which
+      a game terminates becomes that value. Values are categories, and not scaled. The settings of the board games
+      explore more.
     - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
-      are trained with reward 0; and a part's last state is valued by the network until it is searched.
+      are trained with reward 0; and a part's last state is valued by the network until it is searched (where some
+      actions are not allowed it never is, as it is not known which; its value is brought up to date all the same).
     - A state is a single observation (no history); the reward is predicted from the state that it leads to; in
       convolutional networks an action adds learned numbers at every place (theirs: planes).
-    - The optimizer is Adam, with clipped gradients; importance weights are divided by the largest of the batch; and old
-      positions are searched with the latest network, not with a target network.
+    - The optimizer is Adam, with clipped gradients; importance weights are divided by the largest of the batch. What a
+      new search of an old position finds stays in the replay, and is what value targets end in (MuZero: the value of a
+      target network).
 
 Run:     python muzero.py
          python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
@@ -115,6 +118,7 @@ class Failure(Exception):
 # Args
 # ---------------------------------------------------------------------------------------------------------------------
 LONGEST_PART = 200  # steps; longer episodes are stored in several parts
+LONGEST_WAIT = 1_600  # steps, of all environments together, in which each stores a part
 
 
 @dataclasses.dataclass
@@ -160,7 +164,8 @@ class Args:
 
     num_envs: Annotated[int, 1, 10**5] = 8
     """Environments that are played side by side, so that each call of the network serves as many searches; all of them
-    make a step, then all updates that are due are made. (`total_timesteps` is rounded up to a multiple of it.)"""
+    make a step, then all searches of old positions and all updates that are due are made. (`total_timesteps` is rounded
+    up to a multiple of it.) With more than 8, long episodes are stored in shorter parts."""
     gamma: Annotated[float, -1, 1] = 0.99
     """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
     them, rewards are the mover's; `support` is to be the largest result, `td_steps` the length of a game."""
@@ -172,8 +177,9 @@ class Args:
     max_considered: Annotated[int, 1, 10**5] = 16
     """gumbel: how many actions of the root are tried (Gumbel MuZero: 16). With 16 simulations and 16 or more actions
     each of them is tried once, and nothing is halved."""
-    dirichlet_alpha: Annotated[float, 1e-6, 10**6] = 0.25
-    """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess)."""
+    dirichlet_alpha: Annotated[float, 0.03, 10**6] = 0.25
+    """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess, 0.03
+    for Go)."""
     dirichlet_fraction: Annotated[float, 0, 1] = 0.25
     """puct: share of that noise (MuZero: 0.25)."""
     temperature: Annotated[float, 1e-3, 10**3] = 1.0
@@ -200,17 +206,18 @@ class Args:
     """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
     most 200, as no part of an episode in the replay is longer)."""
     replay_size: Annotated[int, 2, 10**9] = 100_000
-    """Positions in the replay buffer."""
+    """Rows of the replay buffer: positions, and of each part of an episode the state after it."""
     follow: Annotated[float, 0, 1] = 0.5
     """Cut a value target's n steps before the first action whose probability is below this share of the most probable
     one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
     never (MuZero). With `reanalyze_ratio` 0, use 0."""
     reanalyze_ratio: Annotated[float, 0, 1000] = 40.0
-    """Searches of old positions for each environment step (which itself needs one): the policy and the value that are
-    found with the latest network take the place of those of the replay (MuZero Reanalyze)."""
+    """Rows of the replay drawn for each environment step (which itself needs a search) and searched again: the policy
+    and the value that are found with the latest network take the place of the old ones (MuZero Reanalyze). States after
+    the end of an episode are drawn, too, and left alone."""
     priority_exponent: Annotated[float, 0, 10] = 0.0
     """Exponent of the priorities |value - value target|, where value is the search's when a position is stored, and the
-    network's after each training on it; 0: positions are drawn uniformly (MuZero: 1)."""
+    network's when it is trained on it; 0: positions are drawn uniformly (MuZero: 1)."""
     learning_rate: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam at the beginning."""
     decay_steps: Annotated[int, 1, math.inf] = 10_000
@@ -224,7 +231,8 @@ class Args:
     """Weight of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)."""
     consistency_weight: Annotated[float, 0, 1000] = 2.0
     """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
-    that came (Ye et al. 2021: 2)."""
+    that came (Ye et al. 2021: 2; there the losses of the observed state have the factor 1 / K, too, that here only
+    those of the K unrolled ones have)."""
     network: Literal["auto", "mlp", "conv"] = "auto"
     """Fully connected or convolutional; `auto`: convolutional for observations (height, width, channels)."""
     hidden_size: Annotated[int, 1, 10**5] = 128
@@ -858,11 +866,10 @@ class Replay:
             batch["next_obs"] = columns["obs"][index[:, 1:]]
         return rows, batch
 
-    def searchable(self, count: int, rng: np.random.Generator, masked: bool) -> Array:
-        """Up to `count` rows drawn uniformly, of which a search can say something: no states after an end and, where
-        some actions are not allowed (`masked`), no last rows of a part, where it is not known which."""
+    def unfinished(self, count: int, rng: np.random.Generator) -> Array:
+        """Up to `count` rows drawn uniformly: what is drawn of the states after an end is left out."""
         rows = rng.integers(self.used, size=count)
-        return rows[(self.columns["left"][rows] > 0) | ~(self.columns["terminated"][rows] | masked)]
+        return rows[(self.columns["left"][rows] > 0) | ~self.columns["terminated"][rows]]
 
     def state_dict(self) -> dict:
         filled = {name: torch.from_numpy(column[: self.used]) for name, column in self.columns.items()}
@@ -1151,12 +1158,16 @@ class Agent:
         latent = self.infer(self.net.dynamics, latent, action)
         return latent, *self.heads(latent)
 
+    def predict(self, rows: Array) -> tuple[Array, Array, Array]:
+        """Latent states, logits of the policy and values of B rows of observations."""
+        latent = self.infer(self.net.represent, self.unit(rows))
+        return latent, *self.heads(latent)[1:]
+
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
         policies found (B, A), actions (B,), the values of these policies (B,) and the trees."""
         args = self.args
-        latent = self.infer(self.net.represent, self.unit(rows))
-        _, logits, value = self.heads(latent)
+        latent, logits, value = self.predict(rows)
         tree = Tree(latent, logits, value, legal, args.num_simulations, args.min_range * self.value_range)
         settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
         if args.search == "gumbel":
@@ -1224,7 +1235,7 @@ class Agent:
         # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
         # some actions are not allowed it is better to wait, as the last state of a part is never searched.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
-        length = LONGEST_PART if started else max(args.unroll_steps, args.learning_starts // args.num_envs)
+        length = max(args.unroll_steps, (LONGEST_WAIT if started else args.learning_starts) // args.num_envs)
         if terminated or truncated or len(part) >= min(length, LONGEST_PART, args.replay_size - 1):
             self.store(part, self.row(next_obs), terminated)
             self.parts[env] = []
@@ -1237,7 +1248,7 @@ class Agent:
         if terminated and args.gamma < 0:  # a value tells who won, as values are what all positions are trained for
             last_value, reward[-1] = -reward[-1], 0  # of the player who would be next
         elif not terminated:
-            last_value = self.heads(self.infer(self.net.represent, self.unit(last[None])))[2][0]
+            last_value = self.predict(last[None])[2][0]
         columns = {
             "obs": np.concatenate([obs, last[None]]),
             "action": np.append(action, 0),
@@ -1296,13 +1307,18 @@ class Agent:
             self.updates += 1
 
     def reanalyze(self, count: int) -> None:
-        """Replaces policies and values of old positions by those that a search finds now, without noise (Schrittwieser
-        et al. 2021, "Online and offline reinforcement learning by planning with a learned model", with the latest
-        network instead of a slower one)."""
-        columns, rows = self.replay.columns, self.replay.searchable(count, self.rng, self.masked)
+        """Replaces policies and values of old positions by those that a search finds now (Schrittwieser et al. 2020,
+        appendix H). There is no noise, but where a search tries only some of the actions: it draws anew which."""
+        columns, rows, args = self.replay.columns, self.replay.unfinished(count, self.rng), self.args
         self.searched_again += count
+        last = columns["left"][rows] == 0
+        if self.masked and last.any():  # of a part, where it is not known which actions are allowed
+            columns["value"][rows[last]] = self.predict(columns["obs"][rows[last]])[2]
+            rows = rows[~last]
         if len(rows):
-            policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], None)
+            some = args.search == "gumbel" and min(args.max_considered, args.num_simulations) < self.num_actions
+            noise = self.rng if some else None
+            policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], noise)
             columns["policy"][rows], columns["value"][rows] = policy, value
             self.replay.mark_followed(rows)
 

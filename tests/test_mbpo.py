@@ -460,7 +460,18 @@ def test_compiled_it_learns_the_same_from_trainings_of_several_sizes(tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-3.4e38, 3.4e38), (1e9, 1e9 + 1), (-1e300, 1e300), (1, 1 + 1e-9)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (-3.4e38, 3.4e38),
+        (1e38, 3e38),
+        (1e9, 1e9 + 1),
+        (1e6, 1e6 + 1),
+        (-1e300, 1e300),
+        (1, 1 + 1e-9),
+        (0.1, 0.1 + 1e-7),
+    ],
+)
 @pytest.mark.parametrize("script", [mbpo, cem_mpc])
 def test_action_bounds_that_single_precision_does_not_hold_are_refused(script, low, high):
     box = gym.spaces.Box(low, high, (1,), np.float64)
@@ -482,6 +493,19 @@ def test_what_an_own_loop_with_booleans_of_numpy_leaves_can_be_loaded(tmp_path):
     agent.observe(row, agent.to_env(torch.zeros(agent.actor.action_size)), 1.0, row, np.bool_(True), np.bool_(False))
     torch.save(agent.state_dict(), tmp_path / "agent.pt")
     assert torch.load(tmp_path / "agent.pt", weights_only=True)["counts"] == [0, 1]
+
+
+@pytest.mark.parametrize("script", [mbpo, cem_mpc])
+def test_a_flag_of_the_last_observation_is_seen(script):
+    """Before an action it is never raised; the networks of reward and termination have to see it all the same."""
+    model = script.Ensemble(2, 1, script.Args(), generator())
+    data = {name: torch.randn(50, size) for name, size in (("obs", 2), ("action", 1), ("delta", 2), ("reward", 1))}
+    data["obs"][:, 1], data["delta"][:, 1] = 0.0, 0.0
+    data["delta"][-1, 1] = 1.0
+    model.set_scale(data | {"terminated": data["delta"][:, 1:]})
+    next_obs = torch.tensor([[0.5, 0.0], [0.5, 1.0]]).expand(script.Args().ensemble_size, 2, 2)
+    logit = model.termination_logit(next_obs, model.select()[2])
+    assert (logit[:, 0] != logit[:, 1]).all()
 
 
 def test_small_numbers_are_no_constants():

@@ -794,13 +794,57 @@ def test_step_size_falls_to_a_hundredth_and_no_further(steps, wanted):
     assert agent.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
 
 
-def test_last_rows_are_not_searched_where_it_is_not_known_what_is_allowed():
+def test_states_after_an_end_are_not_searched():
     replay = Replay((1,), np.float32, 2, 20)
     replay.add(episode_rows(3, 0.0, False))
     replay.add(episode_rows(3, 0.0, True))
-    rng = np.random.default_rng(0)
-    assert set(replay.searchable(500, rng, masked=False)) == {0, 1, 2, 3, 4, 5, 6}
-    assert set(replay.searchable(500, rng, masked=True)) == {0, 1, 2, 4, 5, 6}
+    assert set(replay.unfinished(500, np.random.default_rng(0))) == {0, 1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_state_after_a_truncation_is_valued_anew(masked: bool, monkeypatch):
+    """By a search, or by the network where it is not known which actions are allowed."""
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), small_args())
+    info = {"action_mask": np.array([1, 1])} if masked else {}
+    for t in range(3):
+        agent.act(np.full(2, t / 4), info)
+        agent.observe(np.full(2, t / 4), 0, 1.0, np.full(2, 3 / 4), False, t == 2)
+    columns, searched = agent.replay.columns, []
+    columns["value"][:4] = 100
+    plan = agent.plan
+    monkeypatch.setattr(agent, "plan", lambda rows, *rest: searched.extend(rows[:, 0]) or plan(rows, *rest))
+    agent.reanalyze(100)
+    assert (3 / 4 in searched) != masked
+    assert np.abs(columns["value"][:4]).max() < 50
+    if masked:
+        np.testing.assert_allclose(columns["value"][3], agent.predict(columns["obs"][3:4])[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_envs", [1, 8, 64, 256])
+def test_however_many_environments_there_are_the_replay_is_fed(num_envs: int):
+    args = small_args(learning_starts=500, num_envs=num_envs, replay_size=100_000)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), args)
+    agent.found, waited, before = num_envs * [(np.array([0.5, 0.5]), 0.0, np.array([True, True]))], 0, 0
+    for step in range(0, 10_000, num_envs):
+        for env in range(num_envs):
+            agent.observe(np.zeros(2), 1, 0.0, np.zeros(2), False, env=env)
+        if agent.replay.added > before:
+            before = agent.replay.added
+            waited = step
+        assert step - waited <= max(muzero.LONGEST_WAIT, num_envs * args.unroll_steps)
+    assert agent.replay.added > 10_000 - 2 * muzero.LONGEST_WAIT
+
+
+@pytest.mark.parametrize(("actions", "some"), [(4, False), (5, True)])
+def test_an_old_position_is_searched_with_noise_where_not_all_actions_are_tried(actions: int, some: bool, monkeypatch):
+    args = small_args(max_considered=4, num_simulations=8)
+    agent = muzero.Agent(gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(actions), args)
+    agent.act(np.zeros(2))
+    agent.observe(np.zeros(2), 0, 1.0, np.zeros(2), False, True)
+    seen, plan = [], agent.plan
+    monkeypatch.setattr(agent, "plan", lambda rows, legal, rng: seen.append(rng) or plan(rows, legal, rng))
+    agent.reanalyze(4)
+    assert seen == [agent.rng if some else None]
 
 
 # --- board games ------------------------------------------------------------------------------------------------------
