@@ -35,10 +35,13 @@ Details are those of the authors' code, danijar/dreamerv3 at commit e3f0224. Thi
     - Imagination starts from only some of the states (`imagination_starts`). The critic learns from all real steps;
       where nothing was imagined it bootstraps from its own value.
     - The actor of discrete actions is mixed with 1 % of the uniform distribution, as in the paper.
-    - One layer, not several, gives all numbers of an observation, and both mean and deviation of the actor; one-hot
-      choices in an observation are fitted by squared error, too.
+    - One layer, not several, gives all numbers of an observation, and both mean and deviation of the actor, so that
+      their gradients are clipped together; one-hot choices in an observation are fitted by squared error, too, and
+      integers in a Box are numbers, not choices.
     - Pictures are halved down to about 4 x 4 whatever their size. Their loss is a sum over pixels, so that it counts
-      less for small ones. Those of Atari games hold the last 4 frames.
+      less for small ones. Those of Atari games hold the last 4 frames, grey; the environment's own rules stay, so that
+      scores are those of neither of the authors' Atari settings.
+    - A time limit ends no value (their wrapper of Gym environments takes it for an end).
     - Acting is in single precision, also with `bf16`; evaluation takes the most likely action, in states that are
       drawn as in training.
 
@@ -136,12 +139,13 @@ class Args:
     atari: bool = False
     """The usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures."""
     image_size: Annotated[int, 0, 4096] = 64
-    """Side to which pictures (a Box of uint8 with 2 or 3 dimensions) are resized; 0: they stay as they are."""
+    """Side to which pictures (a Box of uint8 up to 255, 2 or 3 dimensions) are resized; 0: they stay as they are."""
 
     num_envs: Annotated[int, 1, 10**5] = 4
-    """Environments that are played side by side. (`total_timesteps` is rounded up to a multiple of it.)"""
+    """Environments that are played side by side (DreamerV3: 16, or 1). `total_timesteps` is rounded up to a multiple of
+    it."""
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"
-    """Widths of the networks, by their number of parameters (DreamerV3: 200m)."""
+    """Widths of the networks, by their number of parameters (DreamerV3: 200m; 1m for dm_control without pictures)."""
     bf16: bool = False
     """Train in bfloat16, which GPUs and some CPUs are faster at (DreamerV3: yes)."""
     standardise: bool = True
@@ -149,7 +153,7 @@ class Args:
     DreamerV3 does not; so small ones, like the angle of a pole, add next to nothing to the loss, and the latent state
     keeps them badly."""
     learning_starts: Annotated[int, 1, math.inf] = 1_024
-    """Steps before the first update."""
+    """Steps before the first update (at least as many as are in a sequence of each environment)."""
     train_ratio: Annotated[float, 0, 10**6] = 128.0
     """Steps that are replayed for each environment step (DreamerV3: 32 to 1024)."""
     batch_size: Annotated[int, 1, 10**5] = 16
@@ -159,8 +163,8 @@ class Args:
     replay_size: Annotated[int, 1, 10**10] = 100_000
     """Steps in the replay (DreamerV3: 5,000,000)."""
     replay_on_disk: bool = False
-    """Keep the replay's observations in files of the run folder, and neither in memory nor in checkpoints; the latent
-    states stay in both."""
+    """Keep what is observed and done in files of the run folder, and neither in memory (but the numbers now and then,
+    for `standardise`) nor in checkpoints; the latent states stay in both."""
     learning_rate: Annotated[float, 1e-12, 1] = 5e-4
     """Step size of the optimizer (DreamerV3: 4e-5, for networks of up to 400 million parameters and long runs)."""
     warmup: Annotated[int, 0, math.inf] = 200
@@ -168,7 +172,7 @@ class Args:
     actor had settled, in the game Catch, before the decoder showed what there was to see)."""
     horizon: Annotated[int, 1, 1000] = 15
     """Steps imagined (DreamerV3: 15)."""
-    imagination_starts: Annotated[int, 2, 10**5] = 4
+    imagination_starts: Annotated[int, 1, 10**5] = 4
     """States of each sequence, the last ones, that are imagined from (DreamerV3: all of them, which also any number
     from `batch_length` on means). From all of them, imagination is more than half of the work of an update."""
     entropy_scale: Annotated[float, 0, 1000] = 3e-4
@@ -1015,11 +1019,12 @@ def dreamer_loss(
 # ---------------------------------------------------------------------------------------------------------------------
 def is_picture(space: gym.Space) -> bool:
     """Whether a space holds pictures: a Box of uint8 up to 255, (height, width) or (height, width, channels)."""
-    box = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+    box = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) > 1
     if not box or space.high.max() < 255:
         return False
-    if len(space.shape) == 3 and space.shape[0] <= 4 < space.shape[2]:
-        raise Failure(f"pictures must be (height, width, channels), not {space.shape}")
+    first, second, last = (*space.shape, 1, 1)[:3]
+    if len(space.shape) > 3 or first <= 4 < last or first < second == last:  # the last two: channels come first
+        raise Failure(f"pictures must be (height, width) or (height, width, channels), not {space.shape}")
     return True
 
 
@@ -1232,7 +1237,8 @@ class Agent:
         """As many updates as the steps so far allow."""
         args = self.args
         ratio = args.train_ratio / (args.batch_size * args.batch_length)
-        while self.updates < (self.steps - args.learning_starts) * ratio and self.replay.starts().any():
+        first = max(args.learning_starts, args.num_envs * (args.batch_length + 1))  # nothing to learn from before
+        while self.updates < (self.steps - first) * ratio and self.replay.starts().any():
             if args.standardise and self.shapes.vector and self.steps >= 1.01 * self.scaled_at:
                 self.measure()
             self.update_once()

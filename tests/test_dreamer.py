@@ -294,6 +294,22 @@ def some_batch(agent: dreamer.Agent, rows: int = 2, length: int = 5) -> tuple[di
     return batch, agent.nets.rssm.initial(rows)
 
 
+def test_no_updates_are_owed_for_steps_before_there_was_a_sequence(monkeypatch):
+    args = small_args(num_envs=8, batch_length=12, learning_starts=1, train_ratio=96.0)
+    agent = dreamer.Agent(BOX(-1, 1, (3,)), BOX(-1, 1, (1,)), args)
+    made = []
+    monkeypatch.setattr(agent, "update_once", lambda: made.append(agent.steps) or setattr(agent, "updates", len(made)))
+    ratio, obs = args.train_ratio / (args.batch_size * args.batch_length), np.zeros(3, np.float32)
+    for _ in range(30):
+        actions = agent.act_many(8 * [obs], 8 * [None])
+        for env in range(8):
+            agent.observe(obs, actions[env], 0.0, obs, False, env=env)
+        before = len(made)
+        agent.update()
+        assert len(made) - before <= np.ceil(8 * ratio)
+    assert len(made) == np.ceil((agent.steps - 8 * 13) * ratio)
+
+
 def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
     agent, imagined, replayed = small_agent(), [], []
     for network in (agent.nets.reward, agent.nets.critic):  # whose last layer is zero at first
@@ -769,6 +785,8 @@ BOX = gym.spaces.Box
     ("observation", "action", "message"),
     [
         (BOX(0, 255, (3, 16, 16), np.uint8), None, "height, width, channels"),
+        (BOX(0, 255, (12, 84, 84), np.uint8), None, "height, width, channels"),
+        (BOX(0, 255, (4, 84, 84, 3), np.uint8), None, "height, width, channels"),
         (gym.spaces.Dict({}), None, "hold nothing"),
         (BOX(-1, 1, (0,)), None, "hold nothing"),
         (BOX(-1, 1, (3,)), BOX(0, 2, (1,), np.int64), "floating-point"),
