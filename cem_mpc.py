@@ -33,7 +33,8 @@ else differs:
 
     - Rewards and terminations are learned, each by networks of their own, so that an environment is all that is needed
       (the authors give functions, and inputs made for each task). Terminations are few and none must be overlooked, so
-      they weigh more in training; the price: where episodes end by chance, an end is expected far too often.
+      they weigh more in training; the price: where episodes end by chance, an end is expected far too often, and near
+      a boundary too early, which attracts where rewards are negative.
     - A search imagines 960 sequences for each action, counting particles, and not 40,000; it never stops early.
     - Targets are standardised like inputs. Trainings have a hold-out set and stop early, as in MBPO (Janner et al.
       2019; code jannerm/mbpo).
@@ -134,7 +135,7 @@ class Args:
     init_from: str | None = None
     """Run folder whose model and data to start from: to plan with fixed data (`--total-timesteps 0`), for another task
     (`--reward-fn`), or to learn on from old and new data together (where the environment has changed, the model is a
-    mean of both worlds until the new data prevail)."""
+    mean of both worlds until the new data prevail). With another `--seed` the episodes begin in other states."""
     reward_fn: str | None = None
     """`module:function` for the reward: tensors obs (flattened), action (in the environment's units; Discrete: one-hot)
     and next_obs, of shapes (..., size), to (...). None: it is learned."""
@@ -154,14 +155,14 @@ class Args:
     """Units of each hidden layer of the dynamics networks (PETS: 3 or 4 layers of 200; CartPole 3 of 500)."""
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)
     """Factor of half the squared weights of each layer of the dynamics networks, the last one included (MBPO,
-    and PETS for HalfCheetah, with one more; PETS for other tasks: 4 to 10 times as much)."""
+    and PETS for HalfCheetah, with one more; PETS for other tasks: 3 to 10 times as much)."""
     model_lr: Annotated[float, 1e-9, 1] = 1e-3
     """Step size of Adam for the ensemble (MBPO; PETS, too, but for Reacher 7.5e-4)."""
     model_batch_size: Annotated[int, 1, 10**6] = 256
     """Largest batch of a network: a batch is a sixteenth of the training rows, but at least 32 and at most this (MBPO:
     256, PETS: 32)."""
     train_every: Annotated[int, 1, math.inf] = 50
-    """Environment steps between two trainings of the ensemble (PETS: a trial, mbrl-lib: 50)."""
+    """Environment steps between two trainings of the ensemble (PETS: a trial; mbrl-lib: 50 to 1,000)."""
     patience: Annotated[int, 1, 10**6] = 5
     """A training ends after more than so many epochs without a member better by 1 % on the hold-out set (MBPO)."""
     max_updates: Annotated[int, 1, math.inf] = 1_000
@@ -454,19 +455,19 @@ class Ensemble(nn.Module):
     def set_scale(self, data: dict[str, Tensor]) -> None:
         """Takes means, standard deviations and the share of terminations from columns (N, size)."""
 
-        def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+        def scale(values: Tensor) -> tuple[Tensor, Tensor]:
             std = values.std(0, correction=0)
             return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0), 0.0, std)
 
         for name in ("obs", "action", "delta", "reward"):
-            mean, std = moments(data[name])
+            mean, std = scale(data[name])
             if name == "obs":  # a flag that is raised when an episode ends is in next observations only
-                next_mean, next_std = moments(data["obs"] + data["delta"])
+                next_mean, next_std = scale(data["obs"] + data["delta"])
                 mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(std)
-        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
-        # to 1,000 times) as all other rows.
+        # Terminations are rare, and to overlook one mostly costs more than to expect one too many: together they count
+        # for as much as all other rows (each up to 1,000 times as much).
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 
@@ -906,7 +907,8 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
     sequences kept over iterations and steps, the mean as a candidate in the last one. Returns [best, mean, *kept].
 
     Departs from their code: what is shifted ends in the middle of the action range, as with all planners here (theirs:
-    the mean repeats its last action, the others draw one), and what is kept is scored again.
+    the mean repeats its last action, the others draw one), what is kept is scored again, and the noise has unit
+    variance (theirs: up to a fifth more deviation).
     """
     mean, kept = start[1 if len(start) > 1 else 0], start[2:]  # an episode begins with one sequence
     std = torch.full_like(mean, 0.5)
@@ -925,7 +927,9 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
 
 def mppi(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Model-predictive path integral control (Williams et al. 2017) without its control cost: the mean of all samples,
-    each weighted by exp(return / temperature), with returns scaled to unit deviation."""
+    each weighted by exp(return / temperature), with returns scaled to unit deviation. The samples' deviation is 0.5,
+    and they are cut off at the bounds before the mean is taken, which so stays a little away from these (theirs: in
+    the model)."""
     mean = start[0]
     for _ in range(args.iterations):
         noise = torch.randn(args.population, *mean.shape, generator=generator, device=mean.device)
@@ -1185,8 +1189,10 @@ class Agent:
             raise Failure(f"cannot start from {folder}: {type(error).__name__}: {error}") from error
         self.trained_at, self.episode = state["counts"][0], int(self.data.episode[self.data.size - 1]) + 1
         self.relabel(0)
-        if self.value is not None:
-            self.logs |= self.value.fit(self.data, self.lookahead(), self.args.gamma, self.generator)
+        if self.value is not None:  # each fit takes away some 60 % of what a new value is off
+            lookahead = self.lookahead()
+            for _ in range(5):
+                self.logs |= self.value.fit(self.data, lookahead, self.args.gamma, self.generator)
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""

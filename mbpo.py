@@ -474,19 +474,19 @@ class Ensemble(nn.Module):
     def set_scale(self, data: dict[str, Tensor]) -> None:
         """Takes means, standard deviations and the share of terminations from columns (N, size)."""
 
-        def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+        def scale(values: Tensor) -> tuple[Tensor, Tensor]:
             std = values.std(0, correction=0)
             return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0), 0.0, std)
 
         for name in ("obs", "action", "delta", "reward"):
-            mean, std = moments(data[name])
+            mean, std = scale(data[name])
             if name == "obs":  # a flag that is raised when an episode ends is in next observations only
-                next_mean, next_std = moments(data["obs"] + data["delta"])
+                next_mean, next_std = scale(data["obs"] + data["delta"])
                 mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(std)
-        # Terminations are rare, and to overlook one costs more than to expect one too many: they count for as much (up
-        # to 1,000 times) as all other rows.
+        # Terminations are rare, and to overlook one mostly costs more than to expect one too many: together they count
+        # for as much as all other rows (each up to 1,000 times as much).
         share = data["terminated"].mean().clamp_min(1e-9)
         self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
 

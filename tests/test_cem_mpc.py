@@ -795,6 +795,17 @@ def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch)
         cem_mpc.train(small_args(run_dir=str(tmp_path / "d"), **task | {"reward_fn": None}))
 
 
+def test_init_from_learns_the_value_to_the_end(tmp_path, monkeypatch):
+    """A new value needs several fits: with a reward of 1 for ever, 1 / (1 - gamma)."""
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
+    (tmp_path / "one.py").write_text("def one(obs, action, next_obs):\n    return 0 * obs[..., 0] + 1\n")
+    monkeypatch.chdir(tmp_path)
+    task = {"init_from": str(only_run(tmp_path / "a")), "reward_fn": "one:one", "terminal_value": True, "gamma": 0.99}
+    env = gym.make("Pendulum-v1")
+    agent = Agent(env.observation_space, env.action_space, small_args(**task))
+    assert agent.value(agent.data.column("obs")).mean() > 90
+
+
 @pytest.mark.parametrize("name", ["reward_fn", "termination_fn"])
 @pytest.mark.parametrize("function", [lambda o, a, n: o, lambda o, a, n: o.sum(1, True), lambda o, a, n: 1.0])
 def test_functions_that_give_no_number_for_each_row_are_refused(name, function):
