@@ -595,9 +595,9 @@ DECLARED = (
         title="How much imagined data in a batch, and how soon (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
-            Entry("from 100 steps on", "mbpo.py", "Pendulum-v1", 3_000, 3, "--learning-starts 100"),
-            Entry("half", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio 0.5"),
-            Entry("little by little", "mbpo.py", "Pendulum-v1", 3_000, 3, "--real-ratio-steps 1000"),
+            Entry("from 100 steps on", "mbpo.py", "Pendulum-v1", 3_000, 5, "--learning-starts 100"),
+            Entry("half", "mbpo.py", "Pendulum-v1", 3_000, 5, "--real-ratio 0.5"),
+            Entry("little by little", "mbpo.py", "Pendulum-v1", 3_000, 5, "--real-ratio-steps 1000"),
         ),
         **MBPO_CLAIM,
     ),
