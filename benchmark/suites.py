@@ -75,6 +75,7 @@ MODEL_OFF = "--real-ratio 1 --updates-per-step 1"
 PETS_PENDULUM = Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5)
 MBPO_PENDULUM = Entry("MBPO", "mbpo.py", "Pendulum-v1", 3_000, 5)
 MUZERO_CART_POLE = Entry("MuZero", "muzero.py", "CartPole-v1", 30_000, 10, "--eval-episodes 20")
+DREAMER_CART_POLE = Entry("Dreamer (GPU)", "dreamer.py", "CartPole-v1", 50_000, 5, gpus=0.1)
 SB3 = "benchmark/baselines.py"
 CUMULATIVE: dict[str, Any] = {
     "collect": "episodes",
@@ -339,7 +340,7 @@ DECLARED = (
         entries=(
             Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 3, "--eval-every 500"),
             MUZERO_CART_POLE,
-            Entry("Dreamer (GPU)", "dreamer.py", "CartPole-v1", 50_000, 5, gpus=0.1),
+            DREAMER_CART_POLE,
             Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "CartPole-v1", 30_000, 5, "--algorithm ppo", baseline=True),
         ),
@@ -481,6 +482,21 @@ DECLARED = (
         xlim=(0, 8_000),
         ylim=(0, 520),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 7_000, 8_000),
+        threshold=475,
+        **EVALUATIONS,
+    ),
+    # Dreamer with the observations that the authors' has: after symlog, and not standardised.
+    Suite(
+        name="dreamer_parts",
+        title="Dreamer with and without standardised observations (CartPole-v1)",
+        entries=(
+            DREAMER_CART_POLE,
+            Entry("not standardised", "dreamer.py", "CartPole-v1", 10_000, 3, "--no-standardise"),
+        ),
+        arguments="--eval-every 1000",
+        xlim=(0, 10_000),
+        ylim=(0, 520),
+        table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000),
         threshold=475,
         **EVALUATIONS,
     ),
