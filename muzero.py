@@ -39,7 +39,7 @@ steps as DeepMind's mctx. What differs from the papers:
     - Nearly equal Q stay close when they are rescaled (`min_range`).
     - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
       (`consistency_weight`; without its batch normalisation and its shifted pictures) holds latent states to the
-      observations that come. Without these, the model of CartPole blurred the effects of actions.
+      observations that come (on the cart pole it learns as well without that loss: benchmark/claims).
     - Self-play can repeat actions (`repeat`), which it does on Acrobot. By default no priorities are used.
     - With two players the value alone encodes the result, before the end of a game and after it: the reward with which
       a game terminates becomes that value. Values are categories, and not scaled. The settings of the board games

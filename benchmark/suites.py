@@ -462,7 +462,7 @@ DECLARED = (
     ),
     # MuZero without one of its parts.
     Suite(
-        name="muzero_parts",
+        name="claims/muzero_parts",
         title="MuZero without one of its parts (CartPole-v1)",
         entries=(
             replace(MUZERO_CART_POLE, baseline=True),
@@ -487,7 +487,7 @@ DECLARED = (
     ),
     # Dreamer with the observations that the authors' has: after symlog, and not standardised.
     Suite(
-        name="dreamer_parts",
+        name="claims/dreamer_parts",
         title="Dreamer with and without standardised observations (CartPole-v1)",
         entries=(
             DREAMER_CART_POLE,
