@@ -98,6 +98,7 @@ EVALUATIONS: dict[str, Any] = {
     "xlabel": "environment steps",
     "ylabel": "mean return of an evaluation",
 }
+CART_POLE: dict[str, Any] = EVALUATIONS | {"arguments": "--eval-every 1000", "ylim": (0, 520), "threshold": 475}
 MBPO_CLAIM: dict[str, Any] = EVALUATIONS | {
     "arguments": "--eval-every 250",
     "xlim": (0, 3_000),
@@ -344,12 +345,9 @@ DECLARED = (
             Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
             Entry("SB3 PPO", SB3, "CartPole-v1", 30_000, 5, "--algorithm ppo", baseline=True),
         ),
-        arguments="--eval-every 1000",
         xlim=(0, 50_000),
-        ylim=(0, 520),
         table_at=(500, 1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 10_000, 20_000, 30_000, 50_000),
-        threshold=475,
-        **EVALUATIONS,
+        **CART_POLE,
     ),
     Suite(
         name="acrobot",
@@ -478,12 +476,9 @@ DECLARED = (
                 )
             ),
         ),
-        arguments="--eval-every 1000",
         xlim=(0, 8_000),
-        ylim=(0, 520),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 7_000, 8_000),
-        threshold=475,
-        **EVALUATIONS,
+        **CART_POLE,
     ),
     # Dreamer with the observations that the authors' has: after symlog, and not standardised.
     Suite(
@@ -493,12 +488,9 @@ DECLARED = (
             DREAMER_CART_POLE,
             Entry("not standardised", "dreamer.py", "CartPole-v1", 10_000, 3, "--no-standardise"),
         ),
-        arguments="--eval-every 1000",
         xlim=(0, 10_000),
-        ylim=(0, 520),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000),
-        threshold=475,
-        **EVALUATIONS,
+        **CART_POLE,
     ),
     # What the textbooks say, measured: benchmark/claims.
     Suite(

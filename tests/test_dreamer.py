@@ -786,7 +786,7 @@ BOX = gym.spaces.Box
     [
         (BOX(0, 255, (3, 16, 16), np.uint8), None, "height, width, channels"),
         (BOX(0, 255, (12, 84, 84), np.uint8), None, "height, width, channels"),
-        (BOX(0, 255, (4, 84, 84, 3), np.uint8), None, "height, width, channels"),
+        (BOX(0, 255, (84, 84, 4, 3), np.uint8), None, "height, width, channels"),
         (gym.spaces.Dict({}), None, "hold nothing"),
         (BOX(-1, 1, (0,)), None, "hold nothing"),
         (BOX(-1, 1, (3,)), BOX(0, 2, (1,), np.int64), "floating-point"),
