@@ -241,15 +241,17 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
 
 
 def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, if finite."""
+    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, up to
+    where single precision cannot hold their squares."""
     if isinstance(space, gym.spaces.Dict):
         for name, part in space.items():
             check_observation(obs[name], part)
     elif isinstance(space, gym.spaces.Box):
         array = np.asarray(obs)
         fits = array.shape == space.shape and np.can_cast(array.dtype, space.dtype, "same_kind")
-        if not fits or not np.isfinite(array).all():
-            raise ValueError(f"observation {obs!r} is not a finite array of shape {space.shape} and type {space.dtype}")
+        if not fits or not (np.abs(array.astype(float)) < 1e15).all():  # NaN is not, either
+            wanted = f"an array of shape {space.shape} and type {space.dtype}, of numbers below 1e15"
+            raise ValueError(f"observation {obs!r} is not {wanted}")
     elif not space.contains(obs):
         raise ValueError(f"observation {obs!r} is not in {space}")
 
@@ -321,8 +323,8 @@ class Episode:
         try:
             obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
             self.take(obs)
-            if not math.isfinite(reward):
-                raise ValueError(f"reward is {reward}")
+            if not abs(reward) < 1e15:
+                raise ValueError(f"reward is {reward}, not a number below 1e15")
         except Exception as error:
             where = f"step {len(self.actions) + 1} of episode {self.index}"
             raise Failure(f"{where}: {type(error).__name__}: {error}") from error

@@ -331,8 +331,8 @@ class Episode:
         try:
             obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
             self.take(obs)
-            if not math.isfinite(reward):
-                raise ValueError(f"reward is {reward}")
+            if not abs(reward) < 1e15:
+                raise ValueError(f"reward is {reward}, not a number below 1e15")
         except Exception as error:
             where = f"step {len(self.actions) + 1} of episode {self.index}"
             raise Failure(f"{where}: {type(error).__name__}: {error}") from error

@@ -140,10 +140,11 @@ class Corridor(gym.Env):
         if self.steps == 7:
             if self.fault == "step raises":
                 raise RuntimeError("the floor is wet")
-            nan = np.array([float("nan")]) if self.box else float("nan")
-            faults = {"obs nan": nan, "obs shape": np.zeros(3), "obs dtype": "here", "obs outside": 5}
+            numbers = {"nan": float("nan"), "inf": float("inf"), "huge": 1e20}
+            faults = {f"obs {name}": np.array([number]) if self.box else number for name, number in numbers.items()}
+            faults |= {"obs shape": np.zeros(3), "obs dtype": "here", "obs outside": 5}
             obs = faults.get(self.fault, obs)
-            reward = {"reward nan": float("nan"), "reward inf": float("inf")}.get(self.fault, reward)
+            reward = {f"reward {name}": number for name, number in numbers.items()}.get(self.fault, reward)
         return obs, reward, self.position == 4, False, {}
 
 

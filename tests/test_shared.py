@@ -528,12 +528,14 @@ def test_every_number_has_a_range(script):
     [
         ("reset raises", "reset of episode 1: RuntimeError: the door is locked"),
         ("step raises", r"step \d+ of episode \d+: RuntimeError: the floor is wet"),
-        ("obs nan", r"observation (nan is not in Discrete|array\(\[nan\]\) is not a finite)"),
-        ("obs shape", "is not in Discrete|is not a finite array of shape"),
-        ("obs dtype", "observation 'here' is not (in Discrete|a finite array)"),
-        ("obs outside", "observation 5 is not (in Discrete|a finite array)"),
+        ("obs nan", r"observation (nan is not in Discrete|array\(\[nan\]\) is not an array)"),
+        ("obs huge", r"observation (1e\+20 is not in Discrete|array\(\[1.e\+20\]\) is not an array.* below 1e15)"),
+        ("obs shape", "is not in Discrete|is not an array of shape"),
+        ("obs dtype", "observation 'here' is not (in Discrete|an array)"),
+        ("obs outside", "observation 5 is not (in Discrete|an array)"),
         ("reward nan", "reward is nan"),
         ("reward inf", "reward is inf"),
+        ("reward huge", r"reward is 1e\+20, not a number below 1e15"),
     ],
 )
 def test_an_environment_that_breaks(script, monkeypatch, capsys, tmp_path, fault, expected):
