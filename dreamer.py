@@ -1172,7 +1172,8 @@ class Agent:
         rows = self.replay.latest("vector")
         mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
         self.mean = torch.from_numpy(np.where(self.observer.numbers, mean, 0)).float()
-        self.std = torch.from_numpy(np.where(self.observer.numbers & (std > 1e-6 * np.abs(mean)), std, 1)).float()
+        varies = self.observer.numbers & (std > 1e-6 * np.abs(mean) + 1e-12)  # more than rounding does
+        self.std = torch.from_numpy(np.where(varies, std, 1)).float()
         self.scaled_at = self.steps
 
     @torch.inference_mode()

@@ -478,7 +478,7 @@ class Ensemble(nn.Module):
 
         def scale(values: Tensor) -> tuple[Tensor, Tensor]:
             std = values.std(0, correction=0)
-            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0), 0.0, std)
+            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
 
         for name in ("obs", "action", "delta", "reward"):
             mean, std = scale(data[name])

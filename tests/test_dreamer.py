@@ -559,24 +559,25 @@ def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
 
 
 def test_numbers_are_standardised_and_choices_are_not():
-    numbers = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    numbers = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
     agent = small_agent(gym.spaces.Dict({"choice": gym.spaces.Discrete(3), "numbers": numbers}), replay_size=100)
     rng, kept = np.random.default_rng(0), []
     for step in range(80):  # two environments, of each of which the replay keeps the last 50 steps
-        rows = [{"choice": rng.integers(3), "numbers": rng.normal((7, 1e-3, 5), (100, 1e-3, 0))} for _ in range(2)]
+        drawn = rng.normal((7, 1e-3, 5, 0), (100, 1e-3, 0, 1e-17), (2, 4))
+        rows = [{"choice": rng.integers(3), "numbers": numbers} for numbers in drawn]
         for env, (obs, action) in enumerate(zip(rows, agent.act_many(rows), strict=True)):
             agent.observe(obs, action, 0.0, obs, False, env=env)
         kept += [rows] * (step >= 30)
     agent.measure()
-    found = agent.tensors({"vector": agent.replay.latest("vector")})["vector"].view(2, 50, 6)
+    found = agent.tensors({"vector": agent.replay.latest("vector")})["vector"].view(2, 50, 7)
     values = np.array([[row["numbers"] for row in rows] for rows in kept]).swapaxes(0, 1)
     values = np.sign(values) * np.log1p(np.abs(values))
     wanted = (values[..., :2] - values[..., :2].mean((0, 1))) / values[..., :2].std((0, 1))
     np.testing.assert_allclose(found[..., 3:5], wanted, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found[..., 5], 0, atol=1e-6)  # was always the same: no deviation to divide by
+    np.testing.assert_allclose(found[..., 5:], 0, atol=1e-6)  # always the same, but for rounding: nothing to divide by
     chosen = np.array([[row["choice"] for row in rows] for rows in kept]).T
     np.testing.assert_array_equal(found[..., :3], np.eye(3)[chosen])
-    far = agent.observer({"choice": 1, "numbers": np.array([100.0, -1.0, 5.0])})["vector"][None]
+    far = agent.observer({"choice": 1, "numbers": np.array([100.0, -1.0, 5.0, 0.0])})["vector"][None]
     assert agent.tensors({"vector": far})["vector"][0, 4] == -10
 
 

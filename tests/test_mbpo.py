@@ -515,3 +515,5 @@ def test_small_numbers_are_no_constants():
     agent.model.set_scale(data | {"delta": 1e-8 * data["delta"]})
     assert (agent.model.delta_std > 1e-9).all()
     assert agent.model.reward_std.item() == 0
+    agent.model.set_scale(data | {"delta": 1e-16 * data["delta"]})  # but what rounding leaves of 0 is
+    assert (agent.model.delta_std == 0).all()
