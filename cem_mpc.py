@@ -44,11 +44,11 @@ else differs:
 Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
          python cem_mpc.py --help
-Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores (a random
-         policy scores about -1,200 on Pendulum-v1):
+Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores, with its
+         evaluations (on Pendulum-v1 every 250 steps; one seed stood still for a while and took 34; a random policy scores about -1,200 on Pendulum-v1):
 
     environment          steps  returns                                               minutes
-    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              4 to 9
+    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              10 to 13
     Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12
     InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                 10 to 11
     CartPole-v1          2,000  500, the maximum (3 of 3 seeds; 494 to 500 at 1,000)  11 to 14

@@ -51,10 +51,10 @@ Expect:  the last evaluation of each seed (mean of 5 episodes, Reacher-v5: 20), 
          update a step, and the minutes of a seed on a CPU core (a random policy scores about -1,200 on Pendulum-v1):
 
     environment                 steps  MBPO                                      without a model            minutes
-    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  -200 after 2.3 x the steps 5 to 10
+    Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  -200 after 2.3 x the steps 5
     InvertedPendulum-v5         3,000  1000, the maximum (3 of 3 seeds)          101, 177, 100 at 6,000     6 to 7
-    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              37
-    Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 22
+    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              36 to 38
+    Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 14
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
          but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps, as it

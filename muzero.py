@@ -222,7 +222,7 @@ class Args:
     """Step size of Adam at the beginning."""
     decay_steps: Annotated[int, 1, math.inf] = 10_000
     """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G), and stays at
-    a hundredth. About the steps that learning takes."""
+    a hundredth. Set it to about as many steps as learning takes."""
     weight_decay: Annotated[float, 0, 1] = 1e-4
     """Factor of half the squared weights in the loss (MuZero: 1e-4)."""
     max_grad_norm: Annotated[float, 1e-9, math.inf] = 5.0
@@ -231,8 +231,7 @@ class Args:
     """Weight of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)."""
     consistency_weight: Annotated[float, 0, 1000] = 2.0
     """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
-    that came (Ye et al. 2021: 2; there the losses of the observed state have the factor 1 / K, too, that here only
-    those of the K unrolled ones have)."""
+    that came (Ye et al. 2021: 2; they divide all losses by K, here only those of the K unrolled steps are)."""
     network: Literal["auto", "mlp", "conv"] = "auto"
     """Fully connected or convolutional; `auto`: convolutional for observations (height, width, channels)."""
     hidden_size: Annotated[int, 1, 10**5] = 128
