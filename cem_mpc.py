@@ -45,7 +45,8 @@ Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
          python cem_mpc.py --help
 Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores, with its
-         evaluations (on Pendulum-v1 every 250 steps; one seed stood still for a while and took 34; a random policy scores about -1,200 on Pendulum-v1):
+         evaluations (on Pendulum-v1 every 250 steps; one seed stood still for a while, and took 34). A random policy
+         scores about -1,200 on Pendulum-v1.
 
     environment          steps  returns                                               minutes
     Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              10 to 13

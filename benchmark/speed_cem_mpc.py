@@ -1,4 +1,4 @@
-"""How long cem_mpc.py plans one action with the budget of the paper, against mbrl-lib, on networks of random weights.
+"""How long cem_mpc.py plans one action, against mbrl-lib with its own budget, on networks of random weights.
 
 Everything runs in this process on one thread. The contestants take turns for several rounds, in an order drawn anew
 for each, so that a machine that is busy for a while slows all of them, and medians are compared. Time is the
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cem_mpc
 
-# HalfCheetah's sizes; the ensemble of MBPO; one action with the budget of PETS, 525,000 imagined steps.
+# HalfCheetah's sizes; the ensemble of MBPO; one action with the budget of mbrl-lib's cart pole, 525,000 imagined steps.
 OBS_SIZE, ACTION_SIZE = 17, 6
 MEMBERS, ELITES, LAYERS, UNITS = 7, 5, 4, 200
 POPULATION, PARTICLES, HORIZON, ITERATIONS, BEST = 350, 20, 15, 5, 35

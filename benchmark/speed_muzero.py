@@ -221,7 +221,7 @@ def measure(peer: Path | None, rounds: int) -> str:
         lines += [f"| {name}, {task} | {' | '.join(row)} |" for name, row in cells.items()]
     task = TASKS["2 actions"]
     contestants = {"muzero.py": updates(make_agent(*task))}
-    contestants["muzero.py, without consistency loss"] = updates(
+    contestants["muzero.py, without consistency loss and follow, with priorities"] = updates(
         make_agent(*task, consistency_weight=0.0, follow=0.0, priority_exponent=0.5)
     )
     if peer and not lightzero:
