@@ -237,7 +237,7 @@ class Args:
 # Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
 # Those of Hopper-v5 and below are the authors', but for `max_updates`, which bounds the cost of a training with much
 # data, and `eval_every`; where they truncated the observation, so do the environment's options. In benchmark/ are
-# the first 10,000 steps of HalfCheetah-v5; the others have not been run to their end.
+# the first 10,000 steps of HalfCheetah-v5; none of these has been run to its end.
 MUJOCO = {"learning_starts": 5_000, "updates_per_step": 20, "tau": 0.005, "keep_trainings": 4}
 MUJOCO |= {"eval_every": 5_000, "checkpoint_every": 5_000}
 HUMANOID_OPTIONS = (

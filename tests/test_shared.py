@@ -529,6 +529,7 @@ def test_every_number_has_a_range(script):
         ("reset raises", "reset of episode 1: RuntimeError: the door is locked"),
         ("step raises", r"step \d+ of episode \d+: RuntimeError: the floor is wet"),
         ("obs nan", r"observation (nan is not in Discrete|array\(\[nan\]\) is not an array)"),
+        ("obs inf", r"observation (inf is not in Discrete|array\(\[inf\]\) is not an array)"),
         ("obs huge", r"observation (1e\+20 is not in Discrete|array\(\[1.e\+20\]\) is not an array.* below 1e15)"),
         ("obs shape", "is not in Discrete|is not an array of shape"),
         ("obs dtype", "observation 'here' is not (in Discrete|an array)"),
