@@ -2,12 +2,13 @@
 
 An update draws 16 sequences of 64 steps from the replay, imagines 15 steps from each state, updates world model, actor,
 critic and slow critic, and puts the latent states into the replay. The networks are those of the preset `1m`, for 24
-numbers and 6 continuous actions, in single precision and not compiled. Everything runs in this process on one thread;
-the contestants take turns for several rounds, and medians of processor time are compared. The part of it that matrix
-products take is the limit: no way of writing the same update can do without them. Steps and weights are random ones.
+numbers and 6 continuous actions, in single precision (ours with `--bf16`, too) and not compiled. Everything runs in
+this process on one thread; the contestants take turns for several rounds, and medians of processor time are compared.
+The part of it that matrix products take is the limit: no way of writing the same update can do without them. Steps and
+weights are random ones.
 
 On a GPU (`--device cuda`) each is what it is there, a CUDA graph with us and compiled with r2dreamer. Time on the clock
-is measured, of dreamer.py with `--compile` and `--bf16`, too.
+is measured, of dreamer.py with `--compile`, too.
 """
 
 import contextlib
@@ -245,7 +246,7 @@ def measure(peer: Path | None, rounds: int, device: str = "cpu") -> str:
     checkout of r2dreamer is `peer`, or else where the environment variable R2DREAMER says."""
     torch.set_num_threads(1)
     os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # TorchRL would log among the lines of the table
-    contestants = {"dreamer.py": our_contestant(device)}
+    contestants = {"dreamer.py": our_contestant(device), "dreamer.py --bf16": our_contestant(device, bf16=True)}
     if device == "cuda":
         contestants["dreamer.py --compile"] = our_contestant(device, compile=True)
         contestants["dreamer.py --compile --bf16"] = our_contestant(device, compile=True, bf16=True)

@@ -812,6 +812,9 @@ def test_an_observation_is_of_the_type_that_the_space_says():
     dreamer.check_observation([1.0, 2.0], BOX(-9, 9, (2,), np.float32))
     with pytest.raises(ValueError, match="uint8"):
         dreamer.check_observation(np.full((2, 2), 0.7), picture)
+    for number in (np.nan, np.inf, -1e20):  # single precision cannot hold the square of the last
+        with pytest.raises(ValueError, match="numbers below 1e15"):
+            dreamer.check_observation([number, 2.0], BOX(-9, 9, (2,), np.float32))
 
 
 def test_files_of_a_replay_that_are_damaged_are_told(tmp_path):
