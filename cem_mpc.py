@@ -175,8 +175,8 @@ class Args:
     """Largest size of the hold-out set (MBPO)."""
 
     planner: Literal["random_shooting", "cem", "icem", "mppi", "gradient"] = "cem"
-    """How sequences are searched; Discrete actions: random_shooting and cem. (On the pendulum icem learned fastest:
-    benchmark/README.md.)"""
+    """How sequences are searched; Discrete actions: random_shooting and cem. (On the pendulum icem learned fastest
+    with three of five seeds: benchmark/README.md.)"""
     horizon: Annotated[int, 1, 1000] = 25
     """Steps imagined (PETS: 25 to 30)."""
     population: Annotated[int, 2, 10**6] = 64

@@ -52,14 +52,14 @@ Expect:  the last evaluation of each seed (mean of 5 episodes, Reacher-v5: 20), 
 
     environment                 steps  MBPO                                      without a model            minutes
     Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  -200 after 2.3 x the steps 5
-    InvertedPendulum-v5         3,000  1000, the maximum (3 of 3 seeds)          101, 177, 100 at 6,000     6 to 7
-    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          971, 563, 993              36 to 38
-    Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9, -8.4, -9.6           11 to 14
+    InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000         6 to 7
+    InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          475 to 993                 36 to 38
+    Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9 to -9.6               11 to 14
     HalfCheetah-v5             10,000  3233, 3291, 4144                          -102, -119, -163           45 to 62
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
          but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps, as it
-         has with a model (3 seeds): on these two the gain comes from the number of updates, not from the model. On
+         has with a model (5 seeds): on these two the gain comes from the number of updates, not from the model. On
          HalfCheetah-v5, where the column without a model is with as many updates, 40, it comes from the model; SAC of
          Stable-Baselines3 first returns 2,000 after 35,000 to 45,000 steps, MBPO after 7,000 to 9,000.
 """

@@ -121,8 +121,8 @@ def control(env_id: str) -> tuple[Entry, ...]:
     """MBPO with and without its model, for 5,000 steps."""
     return (
         Entry("MBPO", "mbpo.py", env_id, 5_000, 3),
-        Entry("without model, 1 update a step", "mbpo.py", env_id, 5_000, 3, MODEL_OFF, baseline=True),
-        Entry("SB3 SAC", SB3, env_id, 5_000, 3, "--algorithm sac", baseline=True),
+        Entry("without model, 1 update a step", "mbpo.py", env_id, 5_000, 5, MODEL_OFF, baseline=True),
+        Entry("SB3 SAC", SB3, env_id, 5_000, 5, "--algorithm sac", baseline=True),
     )
 
 
@@ -266,20 +266,20 @@ DECLARED = (
         title="InvertedPendulum-v5",
         entries=(
             Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 3, "--eval-every 2000"),
-            Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 3),
+            Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
             Entry(
                 "without model, 10 updates a step",
                 "mbpo.py",
                 "InvertedPendulum-v5",
                 3_000,
-                3,
+                5,
                 "--real-ratio 1",
                 baseline=True,
             ),
             Entry(
-                "without model, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 3, MODEL_OFF, baseline=True
+                "without model, 1 update a step", "mbpo.py", "InvertedPendulum-v5", 6_000, 5, MODEL_OFF, baseline=True
             ),
-            Entry("SB3 SAC", SB3, "InvertedPendulum-v5", 6_000, 3, "--algorithm sac", baseline=True),
+            Entry("SB3 SAC", SB3, "InvertedPendulum-v5", 6_000, 5, "--algorithm sac", baseline=True),
         ),
         arguments="--eval-every 500",
         xlim=(0, 6_000),
@@ -440,9 +440,9 @@ DECLARED = (
         name="planners",
         title="Planners with a learned ensemble (Pendulum-v1)",
         entries=(
-            Entry("CEM", "cem_mpc.py", "Pendulum-v1", 800, 3),
+            Entry("CEM", "cem_mpc.py", "Pendulum-v1", 800, 5),
             *(
-                Entry(label, "cem_mpc.py", "Pendulum-v1", 800, 3, arguments)
+                Entry(label, "cem_mpc.py", "Pendulum-v1", 800, 5, arguments)
                 for label, arguments in (
                     ("CEM, TS1", "--sampling ts1"),
                     ("iCEM", "--planner icem"),
@@ -486,7 +486,7 @@ DECLARED = (
         title="Dreamer with and without standardised observations (CartPole-v1)",
         entries=(
             DREAMER_CART_POLE,
-            Entry("not standardised", "dreamer.py", "CartPole-v1", 10_000, 3, "--no-standardise"),
+            Entry("not standardised", "dreamer.py", "CartPole-v1", 10_000, 5, "--no-standardise"),
         ),
         xlim=(0, 10_000),
         table_at=(1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 8_000, 10_000),
@@ -527,8 +527,8 @@ DECLARED = (
         name="claims/exploitation",
         title="By how much a plan returns less than the model says (Pendulum-v1)",
         entries=(
-            Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 3),
-            Entry("one network", "cem_mpc.py", "Pendulum-v1", 1_000, 3, ONE_NETWORK),
+            Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5),
+            Entry("one network", "cem_mpc.py", "Pendulum-v1", 1_000, 5, ONE_NETWORK),
             Entry("PETS, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5),
             Entry("one network, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5, ONE_NETWORK),
         ),
@@ -547,8 +547,8 @@ DECLARED = (
         name="claims/terminal_value",
         title="A value at the end of the plan against a long plan (Pendulum-v1)",
         entries=(
-            Entry("H = 5", "cem_mpc.py", "Pendulum-v1", 1_000, 3, "--horizon 5"),
-            Entry("H = 5 and a value", "cem_mpc.py", "Pendulum-v1", 1_000, 3, "--horizon 5 --terminal-value"),
+            Entry("H = 5", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5"),
+            Entry("H = 5 and a value", "cem_mpc.py", "Pendulum-v1", 1_000, 5, "--horizon 5 --terminal-value"),
             Entry("H = 25", "cem_mpc.py", "Pendulum-v1", 1_000, 5, baseline=True),
         ),
         arguments="--eval-every 250",
@@ -580,7 +580,7 @@ DECLARED = (
                 "mbpo.py",
                 "Pendulum-v1",
                 3_000,
-                3,
+                5,
                 "--real-ratio 1 --critic-layer-norm --critic-dropout 0.01",
             ),
         ),
@@ -592,7 +592,7 @@ DECLARED = (
         entries=(
             MBPO_PENDULUM,
             *(
-                Entry(f"k = {k}", "mbpo.py", "Pendulum-v1", 3_000, 3, f"--rollout-schedule 0 1 {k} {k}")
+                Entry(f"k = {k}", "mbpo.py", "Pendulum-v1", 3_000, 5, f"--rollout-schedule 0 1 {k} {k}")
                 for k in (5, 20, 50)
             ),
         ),
@@ -614,8 +614,8 @@ DECLARED = (
         title="MBPO that trusts its model less where the ensemble disagrees (Pendulum-v1)",
         entries=(
             MBPO_PENDULUM,
-            Entry("rollouts end there", "mbpo.py", "Pendulum-v1", 3_000, 3, "--max-disagreement 0.05"),
-            Entry("transitions weigh less", "mbpo.py", "Pendulum-v1", 3_000, 3, "--weigh-disagreement"),
+            Entry("rollouts end there", "mbpo.py", "Pendulum-v1", 3_000, 5, "--max-disagreement 0.05"),
+            Entry("transitions weigh less", "mbpo.py", "Pendulum-v1", 3_000, 5, "--weigh-disagreement"),
         ),
         **MBPO_CLAIM,
     ),
