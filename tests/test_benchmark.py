@@ -155,13 +155,17 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
 def test_what_a_script_says_to_expect_is_what_was_measured(script: str, suite: str, label: str):
     (runs,) = (runs[label] for runs in plot.read_runs(suites.SUITES[suite]).values())
     final = [run[-1, 1] for run in runs]
-    said = re.findall(r"-?\d[\d.]*(?:, -?\d[\d.]*)+", importlib.import_module(script).__doc__)
-    decimals = 1 if suite == "reacher" else 0
-    assert sorted(f"{value:.{decimals}f}" for value in final) in [sorted(numbers.split(", ")) for numbers in said]
+    doc, decimals = importlib.import_module(script).__doc__, 1 if suite == "reacher" else 0
+    said = re.findall(r"-?\d[\d.]*(?:, -?\d[\d.]*)+", doc)
+    numbers = [f"{value:.{decimals}f}" for value in sorted(final, key=abs)]
+    if label.startswith("without"):  # the column is narrow
+        assert f"{numbers[0]} to {numbers[-1]} " in doc
+    else:
+        assert sorted(numbers) in [sorted(text.split(", ")) for text in said]
     if suite == "pendulum":
         readme = (ROOT / "README.md").read_text()
         mean, best, worst = (f"{value:.0f}" for value in (np.mean(final), max(final), min(final)))
-        assert f"(mean: {mean})" in importlib.import_module(script).__doc__
+        assert f"(mean: {mean})" in doc
         assert f"return {mean} (mean of {len(final)} seeds, {best} to {worst})" in readme
 
 
