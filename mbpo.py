@@ -47,15 +47,16 @@ rollouts are made. The fields name its settings. What else differs:
 Run:     python mbpo.py
          python mbpo.py --real-ratio 1          (the same agent without a model)
          python mbpo.py --help
-Expect:  the last evaluation of each seed (mean of 5 episodes, Reacher-v5: 20), the same without a model and with one
-         update a step, and the minutes of a seed on a CPU core (a random policy scores about -1,200 on Pendulum-v1):
+Expect:  the last evaluation of each seed (mean of 5 episodes, Reacher-v5: 20); the range of the same without a model
+         and with one update a step; the minutes of a seed on a CPU core. (A random policy scores about -1,200 on
+         Pendulum-v1.)
 
     environment                 steps  MBPO                                      without a model            minutes
     Pendulum-v1                 3,000  -97, -141, -145, -146, -149 (mean: -136)  -200 after 2.3 x the steps 5
     InvertedPendulum-v5         3,000  1000, the maximum (5 of 5 seeds)          82 to 177 at 6,000         6 to 7
     InvertedDoublePendulum-v5   5,000  9360, 7543, 5858                          475 to 993                 36 to 38
     Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9 to -9.6               11 to 14
-    HalfCheetah-v5             10,000  3233, 3291, 4144                          -102, -119, -163           45 to 62
+    HalfCheetah-v5             10,000  3233, 3291, 4144                          -102 to -163               45 to 62
 
          Pendulum-v1 is above -200 from step 1,000 (the best seed) or 2,000 on (the worst). With as many updates a step,
          but no model, it takes 1,000 to 1,500 steps (5 seeds), and InvertedPendulum-v5 has 1000 at 2,000 steps, as it

@@ -147,6 +147,8 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         ("mbpo", "double_pendulum", "without model, 1 update a step"),
         ("mbpo", "reacher", "MBPO"),
         ("mbpo", "reacher", "without model, 1 update a step"),
+        ("mbpo", "half_cheetah", "MBPO"),
+        ("mbpo", "half_cheetah", "without model, 40 updates a step"),
         ("muzero", "acrobot", "MuZero"),
         ("dreamer", "dreamer_pendulum", "Dreamer (GPU)"),
         ("dreamer", "acrobot", "Dreamer"),
