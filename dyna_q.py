@@ -4,8 +4,8 @@
 # ///
 """Dyna-Q: learn values from every real step, learn a model of the world from it too, and plan with the model.
 
-Between two real steps the agent makes `n_planning` Q-learning updates on transitions that its model predicts. With
-`n_planning=0` nothing is planned, and Dyna-Q is Q-learning.
+Planning makes Q-learning updates as real steps do, but on transitions that the model predicts: `n_planning` of them
+after each real step. With `n_planning=0` Dyna-Q is Q-learning.
 
 The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.2, "Tabular Dyna-Q"):
 
@@ -17,29 +17,31 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.2,
       (d) Q(S, A) <- Q(S, A) + alpha [R + gamma max_a Q(S', a) - Q(S, A)]
       (e) Model(S, A) <- R, S'
       (f) Loop n times:
-            S <- random previously observed state, A <- random action previously taken in S
+            S, A <- random pair of those tried before
             R, S' <- Model(S, A)
             Q(S, A) <- Q(S, A) + alpha [R + gamma max_a Q(S', a) - Q(S, A)]
 
-The book's model holds one outcome per pair, which is right for deterministic worlds only. Here the model counts all
-outcomes and (f) takes the expectation over them (equation 8.1 and exercise 8.5); in a deterministic world the two are
-the same. `--model last` is the book's table: use it where the world changes, for counts never forget.
+Two things differ from the book. Its loop (f) draws a state, then an action taken there: the same, once all actions
+have been tried in all states. And its model holds one outcome per pair, which is right for deterministic worlds only;
+here it counts all outcomes and (f) takes the expectation over them (equation 8.1, exercise 8.5). `--model last` is the
+book's table: use it where the world changes, for counts never forget.
+
+Run:     python dyna_q.py                              (a second: a path of 14 steps, the shortest, or 16)
+         python dyna_q.py --env-id FrozenLake-v1       (2 seconds)
 """
 
+import ast
 import copy
 import dataclasses
 import functools
 import io
 import json
-import math
-import os
 import random
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -47,19 +49,21 @@ from typing import Any, ClassVar, Literal
 import gymnasium as gym
 import numpy as np
 import tyro
-from gymnasium.envs.toy_text import CliffWalkingEnv, FrozenLakeEnv
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     """Tabular Dyna-Q (Sutton & Barto, section 8.2)."""
 
     env_id: str = "DynaMaze-v0"  # Gymnasium id, or module:Name-v0; here: DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for `gym.make`: map_name 8x8
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(
+        default_factory=dict
+    )  # for `gym.make`: map_name 8x8
     total_timesteps: int = 10_000  # environment steps to learn for
     seed: int = 1  # of every random draw
     eval_every: int = 1_000  # environment steps between two evaluations of the greedy policy
@@ -86,8 +90,7 @@ class Args:
             raise Failure("--seed and --n-planning must be at least 0")
 
 
-# Settings by environment that differ from the defaults; what the command line says wins.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {  # defaults of their own for some environments
     "FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99},
     "BlockingMaze-v0": {"model": "last"},  # counts never forget
     "ShortcutMaze-v0": {"model": "last"},
@@ -95,141 +98,105 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Model:
-    """How often each outcome followed a state-action pair, and with what reward.
+    """What followed each pair (s, a): how often each outcome, and with what reward. `pairs` says the same as planning
+    reads it: (row of s in Q, a, mean reward, [(gamma * p(s'|s,a), row of s' in Q), ...]). The rows are the lists in Q
+    themselves, so that to write to one is to write to Q. A terminal s' is left out, which gives it the value 0."""
 
-    `cells` says the same as planning reads it: `num_actions` cells for every state left so far, each None until its
-    action is tried, then (Q row of the state, action, mean reward, [(gamma * probability, Q row of the successor),
-    ...]). A terminal successor is left out, which gives it the value 0.
-    """
-
-    def __init__(self, num_actions: int, args: Args):
-        self.num_actions, self.args = num_actions, args
+    def __init__(self, q: dict[tuple, list[float]], args: Args):
+        self.q, self.args = q, args
         self.outcomes: dict[tuple, dict[tuple, tuple]] = {}  # (s, a) -> (s', terminated) -> count, sum of rewards
-        self.first_cell: dict[Hashable, int] = {}
-        self.cells: list[tuple | None] = []
-        self.tried: list[list[int]] = []  # of each state, the cells that are not None
+        self.pairs: list[tuple] = []
+        self.place: dict[tuple, int] = {}  # (s, a) -> where in `pairs`
 
-    def update(self, state: Hashable, action: int, reward: float, next_state: Hashable, terminated: bool, q) -> None:
+    def update(self, state: tuple, action: int, reward: float, next_state: tuple, terminated: bool) -> None:
         """Counts one real transition."""
         outcomes = self.outcomes.setdefault((state, action), {})
         if self.args.model == "last":
             outcomes.clear()
-        count, total = outcomes.get((next_state, terminated), (0, 0.0))
-        outcomes[next_state, terminated] = count + 1, total + reward
-        self.write_cell(state, action, q)
+        count, reward_sum = outcomes.get((next_state, terminated), (0, 0.0))
+        outcomes[next_state, terminated] = count + 1, reward_sum + reward
+        self.write_pair(state, action)
 
-    def write_cell(self, state: Hashable, action: int, q) -> None:
-        """Writes the cell of a pair from the counts of its outcomes."""
-        if state not in self.first_cell:
-            self.first_cell[state] = len(self.cells)
-            self.cells += [None] * self.num_actions
-            self.tried.append([])
+    def write_pair(self, state: tuple, action: int) -> None:
+        """Writes a pair's entry in `pairs` from the counts of its outcomes."""
         outcomes = self.outcomes[state, action]
         visits = sum(count for count, _ in outcomes.values())
-        reward = sum(total for _, total in outcomes.values()) / visits
+        reward = sum(reward_sum for _, reward_sum in outcomes.values()) / visits
         goes_on = [(next_state, count) for (next_state, terminated), (count, _) in outcomes.items() if not terminated]
-        successors = [(self.args.gamma * (count / visits), q(next_state)) for next_state, count in goes_on]
-        cell = self.first_cell[state] + action
-        if self.cells[cell] is None:
-            self.tried[cell // self.num_actions].append(cell)
-        self.cells[cell] = q(state), action, reward, successors
-
-
-class Planner:
-    """Loop (f). Its innermost line runs millions of times a second: rows of Q are plain lists, which Python reads much
-    faster than single elements of an array, and the random cells of many steps are drawn in one call."""
-
-    def __init__(self, model: Model, alpha: float, rng: np.random.Generator):
-        self.model, self.alpha, self.rng = model, alpha, rng
-        self.draws, self.drawn_from = [], 0
-
-    def plan(self, n: int) -> None:
-        """`n` updates: random observed state, random action taken in it, Q moved towards equation 8.1's target."""
-        cells, alpha = self.model.cells, self.alpha
-        if len(self.draws) < n or self.drawn_from != len(cells):
-            self.drawn_from = len(cells)
-            self.draws = self.rng.integers(self.drawn_from, size=max(n, min(64 * n, 100_000))).tolist()
-        for cell in self.draws[:n]:
-            row, action, reward, successors = cells[cell] or self.tried_cell(cell)
-            target = reward
-            for weight, next_row in successors:  # weight = gamma * p(s' | s, a)
-                target += weight * max(next_row)
-            row[action] += alpha * (target - row[action])
-        del self.draws[:n]
-
-    def tried_cell(self, cell: int) -> tuple:
-        """Instead of an untried action's cell that of a random one tried in the same state. Of A actions k are tried:
-        each is drawn with probability 1/A + (A - k)/A * 1/k = 1/k, as the box asks."""
-        tried = self.model.tried[cell // self.model.num_actions]
-        return self.model.cells[tried[int(self.rng.random() * len(tried))]]
+        successors = [(self.args.gamma * (count / visits), self.q[next_state]) for next_state, count in goes_on]
+        if (state, action) not in self.place:
+            self.place[state, action] = len(self.pairs)
+            self.pairs.append(())
+        self.pairs[self.place[state, action]] = self.q[state], action, reward, successors
 
 
 class Agent:
-    """Dyna-Q: `act` is (b), `observe` is (d) and (e), `update` is (f)."""
+    """Dyna-Q: `act` is (b), `observe` is (d) and (e), `update` is (f). A row of Q is a plain list, [Q(s, 0), Q(s, 1),
+    ...], which Python reads faster than single elements of an array."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check_spaces(observation_space, action_space)
-        self.args, self.observation_space = args, observation_space
+        self.args, self.key = args, functools.partial(state_of, observation_space)  # obs -> key of its row in Q
         self.first_action, self.num_actions = action_space.start, int(action_space.n)
-        self.rng = np.random.default_rng(seed_of(args.seed, 0))
-        self.q: dict[Hashable, list[float]] = {}
-        self.model = Model(self.num_actions, args)
-        self.planner = Planner(self.model, args.alpha, np.random.default_rng(seed_of(args.seed, 4)))
-        self.td_error = 0.0
-
-    def row(self, state: Hashable) -> list[float]:
-        return self.q.setdefault(state, [self.args.initial_q] * self.num_actions)
+        self.q = defaultdict(functools.partial(list, [args.initial_q] * self.num_actions))
+        self.model = Model(self.q, args)
+        self.rng = random.Random(seed_of(args.seed, 0))
+        self.td_error = 0.0  # running mean of absolute errors, for the log
 
     def act(self, obs: Any) -> np.integer:
         """Epsilon-greedy action."""
         if self.rng.random() < self.args.epsilon:
-            return self.first_action + int(self.rng.integers(self.num_actions))
-        return self.first_action + random_argmax(self.row(state_of(obs, self.observation_space)), self.rng)
+            return self.first_action + self.rng.randrange(self.num_actions)
+        return self.first_action + random_argmax(self.q[self.key(obs)], self.rng)
 
     def observe(self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool, truncated: bool) -> None:
         """Direct Q-learning and model learning; a truncated step keeps the value of its next state."""
-        state, next_state = state_of(obs, self.observation_space), state_of(next_obs, self.observation_space)
-        action, reward, terminated = int(action - self.first_action), float(reward), bool(terminated)
-        target = reward + (0.0 if terminated else self.args.gamma * max(self.row(next_state)))
-        row = self.row(state)
-        error = target - row[action]
-        row[action] += self.args.alpha * error
+        state, next_state, action = self.key(obs), self.key(next_obs), int(action - self.first_action)
+        target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
+        error = target - self.q[state][action]
+        self.q[state][action] += self.args.alpha * error
         self.td_error += 0.01 * (abs(error) - self.td_error)
         if self.args.n_planning:  # Q-learning needs no model
-            self.model.update(state, action, reward, next_state, terminated, self.row)
+            self.model.update(state, action, float(reward), next_state, bool(terminated))
 
     def update(self) -> None:
-        """The planning updates that follow a real step."""
-        if self.args.n_planning:
-            self.planner.plan(self.args.n_planning)
+        """The planning updates that follow a real step: their innermost line runs millions of times a second."""
+        alpha = self.args.alpha
+        for row, action, target, successors in self.rng.choices(self.model.pairs, k=self.args.n_planning):
+            for weight, next_row in successors:  # target = R + gamma * sum over s' of p(s'|S,A) * max_a Q(s', a)
+                target += weight * max(next_row)
+            row[action] += alpha * (target - row[action])
 
     def greedy_policy(self, seed: int) -> Callable[..., np.integer]:
-        """A policy (observation -> action) for one episode, which does not touch the agent."""
-        rng, unknown = np.random.default_rng(seed), [0.0] * self.num_actions
-        return lambda obs, info=None: (
-            self.first_action + random_argmax(self.q.get(state_of(obs, self.observation_space), unknown), rng)
-        )
+        """A policy (observation -> action) that does not touch the agent; ties are broken with `seed`."""
+        rng, unknown = random.Random(seed), [0.0] * self.num_actions
+        return lambda obs, info=None: self.first_action + random_argmax(self.q.get(self.key(obs), unknown), rng)
 
     def metrics(self) -> dict[str, float]:
         return {"losses/td_error": self.td_error, "model/state_action_pairs": len(self.model.outcomes)}
 
     def state_dict(self) -> dict:
-        return {}
+        """All that the next step depends on; `ast.literal_eval(repr(state))` is the same again."""
+        return {"q": dict(self.q), "model": self.model.outcomes, "td_error": self.td_error, "rng": self.rng.getstate()}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """Restores what `state_dict` gave, into a newly made agent."""
+        state = copy.deepcopy(state)
+        self.q.update(state["q"])
+        self.model.outcomes, self.td_error = state["model"], state["td_error"]
+        for pair in self.model.outcomes:
+            self.model.write_pair(*pair)
+        self.rng.setstate(state["rng"])
 
 
-def random_argmax(row: list[float], rng: np.random.Generator) -> int:
+def random_argmax(row: list[float], rng: random.Random) -> int:
     """Index of the largest value; among equal ones a random one (always the first would walk into walls for ever)."""
     best = max(row)
-    ties = [action for action, value in enumerate(row) if value == best]
-    return ties[0] if len(ties) == 1 else ties[int(rng.integers(len(ties)))]
+    return rng.choice([action for action, value in enumerate(row) if value == best])
 
 
 def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
-    """Tabular Dyna-Q, line by line as in the box on top; returns what is in result.json. `make(render_mode=None)` makes
-    an environment that is not registered."""
+    """Dyna-Q as in the box on top. `make(render_mode=None)` makes an environment that is not registered."""
     make = make or functools.partial(make_env, args)
     env = make()
     agent = Agent(env.observation_space, env.action_space, args)
@@ -244,15 +211,15 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
         if terminated or truncated:
             run.log({"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)})
             episode.reset()
-    if isinstance(env.unwrapped, Maze | CliffWalkingEnv | FrozenLakeEnv):
-        run.log({"planner/policy": draw_policy(env.unwrapped, agent.q)})
+    if isinstance(env.unwrapped, Maze):
+        draw_policy(env.unwrapped, agent.q, run.path / "policy.png")
     return run.result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plumbing: the same in every script. Nothing of Dyna-Q is below this line.
 # ---------------------------------------------------------------------------------------------------------------------
-SCRIPT, CHECKPOINT = "dyna_q", "checkpoint.json"
+SCRIPT, CHECKPOINT = "dyna_q", "checkpoint.txt"
 CHANGEABLE = ["resume", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"]
 
 
@@ -267,19 +234,14 @@ def seed_of(*key: int) -> int:
 
 def make_env(args: Args, **drawing: str) -> gym.Env:
     """The environment that `args` name; `drawing` is empty or a render_mode, which not every environment has."""
-    try:
-        return gym.make(args.env_id, **drawing, **args.env_kwargs)
-    except Exception as error:
-        raise Failure(f"cannot make {args.env_id}: {error!r}") from error
+    return gym.make(args.env_id, **drawing, **args.env_kwargs)
 
 
 class Episode:
-    """An environment, one episode after the other. Each has a seed of its own, so that a checkpoint needs no more than
-    its number and the actions so far."""
+    """An environment, episode after episode, each with a seed of its own: its number and its actions bring it back."""
 
     def __init__(self, env: gym.Env, *key: int):
         self.env, self.key, self.number = env, key, -1
-        self.reset()
 
     def reset(self, number: int | None = None, actions: Sequence = ()) -> None:
         """Starts the next episode; or the one of this number, and repeats its actions."""
@@ -305,28 +267,29 @@ class Run:
     """The run folder: TensorBoard events, progress, evaluations, checkpoints, exact resume."""
 
     def __init__(self, args: Args, agent: Agent, episodes: list[Episode], make: Callable[..., gym.Env]):
-        self.args, self.agent, self.episodes, self.result, self.events = args, agent, episodes, {}, io.BytesIO()
-        self.step, self.seconds, self.begun, logged = 0, 0.0, time.time(), 0
+        self.args, self.agent, self.episodes, self.events = args, agent, episodes, io.BytesIO()
         self.eval_env = make(**({"render_mode": "rgb_array"} if args.capture_video else {}))
         if args.capture_video and self.eval_env.reset(seed=0) and np.ndim(self.eval_env.render()) != 3:
             raise Failure("--capture-video: render() of this environment gives no picture")
-        name = re.sub("[/:]", "-", f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%dT%H%M%S.%f}")
-        self.path = Path(args.evaluate or args.resume or Path(args.run_dir, name))
-        if (self.path / CHECKPOINT).exists():  # a run that was killed before its first one begins anew
-            state = restore(self.path, agent)
-            (self.step, self.seconds, wall_seconds, logged), self.result = state["run"], state["result"]
-            self.begun -= wall_seconds
-            for episode, (number, actions) in zip(episodes, state["episodes"], strict=False):
-                episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # some worlds change
-                episode.reset(number, actions)
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%dT%H%M%S.%f}".replace("/", "-")
+        self.path = folder = Path(args.evaluate or args.resume or Path(args.run_dir, name.replace(":", "-")))
+        state = {"run": (0, 0.0, 0.0, 0), "result": {}, "episodes": [(0, ())] * len(episodes)}
+        if (folder / CHECKPOINT).exists():  # a run that was killed before its first one begins anew
+            state = ast.literal_eval(Path(folder, CHECKPOINT).read_text())
+            agent.load_state_dict(state["agent"])
+        (self.step, self.seconds, wall_seconds, logged), self.result = state["run"], state["result"]
+        self.begun = time.time() - wall_seconds
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=bool(args.evaluate) or None)
         if not args.evaluate:
-            Run.latest = self.path  # for the message of a signal
             self.path.mkdir(parents=True, exist_ok=True)
             versions = {name: sys.modules[name].__version__ for name in ("gymnasium", "numpy")}
             self.write("args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}, "versions": versions})
             self.events = open(self.path / "events.out.tfevents.0", "ab", buffering=0)
             self.events.seek(self.events.truncate(logged))  # what was logged after the checkpoint comes again
+        Run.stopped = None if args.evaluate else self.path  # what a signal stops
+        for episode, (number, actions) in zip(episodes, state["episodes"], strict=False):
+            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # some worlds change with it
+            episode.reset(number, actions)
 
     def steps(self, stride: int = 1) -> Iterator[int]:
         """Yields the number of each step that the caller makes; then logs, evaluates and saves what is due."""
@@ -350,19 +313,15 @@ class Run:
             if due(args.checkpoint_every):
                 self.save()
         self.bar.close()
+        self.write("result.json", self.result)
         print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
 
-    def log(self, values: dict[str, float | Image.Image]) -> None:
-        """Writes scalars and pictures under their TensorBoard tags, x = environment steps."""
-        event = Event(wall_time=time.time(), step=self.step)
-        for tag, value in values.items():
-            if isinstance(value, Image.Image):
-                value.save(png := io.BytesIO(), "PNG")
-                event.summary.value.add(tag=tag).image.encoded_image_string = png.getvalue()
-            elif math.isfinite(value):
-                event.summary.value.add(tag=tag, simple_value=value)
-            else:
-                raise Failure(f"step {self.step}: {tag} is {value}")
+    def log(self, values: dict[str, float]) -> None:
+        """Writes scalars under their TensorBoard tags, x = environment steps."""
+        if wrong := [f"{tag} is {value}" for tag, value in values.items() if not np.isfinite(value)]:
+            raise Failure(f"step {self.step}: {', '.join(wrong)}")
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        event = Event(wall_time=time.time(), step=self.step, summary=summary)
         RecordWriter(self.events).write(event.SerializeToString())
 
     def play(self) -> tuple[list[Episode], list[Image.Image]]:
@@ -371,30 +330,25 @@ class Run:
         limit = (env.spec and env.spec.max_episode_steps) or 1_000  # a greedy policy may walk in circles for ever
         for number in range(args.eval_episodes):
             self.bar.set_description_str(f"evaluating {number + 1}/{args.eval_episodes}")
+            policy = self.agent.greedy_policy(seed_of(args.seed, 3, number))
+            episodes.append(episode := Episode(env, args.seed, 2, number))
             env.unwrapped.steps_made, done = self.step, False
-            episode, policy = (
-                Episode(env, args.seed, 2, number),
-                self.agent.greedy_policy(seed_of(args.seed, 3, number)),
-            )
+            episode.reset()
             while not done and len(episode.actions) < limit:
                 if args.capture_video and number == 0:
                     frames.append(Image.fromarray(env.render()).quantize())
                 done = any(episode.step(policy(episode.obs, episode.info))[2:])
-            episodes.append(episode)
-        self.bar.set_description_str("")
         return episodes, frames
 
     def evaluate(self) -> None:
         """Plays, and keeps, logs and prints the returns."""
         episodes, frames = self.play()
+        self.bar.set_description_str("")
         returns, length = [e.episodic_return for e in episodes], float(np.mean([len(e.actions) for e in episodes]))
-        mean, std, seconds = float(np.mean(returns)), float(np.std(returns)), time.time() - self.begun
-        self.result = {
-            "env_steps": self.step,
-            "episodes": sum(e.number for e in self.episodes),
-            "wall_seconds": seconds,
-        }
-        self.result |= {"eval_return_mean": mean, "eval_return_std": std, "eval_episodes": len(returns)}
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.result = {"env_steps": self.step, "episodes": sum(episode.number for episode in self.episodes)}
+        self.result |= {"wall_seconds": time.time() - self.begun, "eval_episodes": len(returns)}
+        self.result |= {"eval_return_mean": mean, "eval_return_std": std}
         self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
         tqdm.write(f"step {self.step}: return {mean:.4g} +- {std:.4g} in {len(returns)} episodes of {length:.4g} steps")
         if frames:
@@ -402,37 +356,24 @@ class Run:
             frames[0].save(video, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
 
     def save(self) -> None:
-        """Writes a checkpoint, and the result of the latest evaluation."""
-        run = self.step, self.seconds, time.time() - self.begun, self.events.tell()
-        state = {"run": run, "result": self.result, "episodes": [(e.number, e.actions) for e in self.episodes]}
-        self.write(CHECKPOINT, state | {"agent": self.agent.state_dict()})
-        self.write("result.json", self.result)
+        """Writes a checkpoint."""
+        state = {"run": (self.step, self.seconds, time.time() - self.begun, self.events.tell()), "result": self.result}
+        state |= {"episodes": [(e.number, e.actions) for e in self.episodes], "agent": self.agent.state_dict()}
+        self.write(CHECKPOINT, state)
 
     def write(self, name: str, state: dict) -> None:
         """Writes a file of the run folder so that at every moment there is a whole one, the old or the new."""
         with open(self.path / f"new.{name}", "wb") as file:
-            file.write(json.dumps(state, indent=None if name == CHECKPOINT else 2).encode())
-        os.replace(self.path / f"new.{name}", self.path / name)
+            file.write((repr(state) if name == CHECKPOINT else json.dumps(state, indent=2)).encode())
+        Path(self.path, f"new.{name}").replace(self.path / name)
 
 
 def saved_args(folder: str | Path) -> Args:
     """The arguments of a run."""
-    try:
-        saved = json.loads(Path(folder, "args.json").read_text())
-        assert saved["script"] == SCRIPT, f"of {saved['script']}.py"
-        return Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved["args"].items()})
-    except Exception as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: {error!r}") from error
-
-
-def restore(folder: str | Path, agent: Agent) -> dict:
-    """Brings an agent to a run's last checkpoint, which is returned; runs no code that may be in it."""
-    try:
-        state = json.loads(Path(folder, CHECKPOINT).read_text())
-        agent.load_state_dict(state["agent"])
-        return state
-    except Exception as error:
-        raise Failure(f"cannot restore {Path(folder, CHECKPOINT)}: {error!r}") from error
+    saved = json.loads(Path(folder, "args.json").read_text())
+    if saved["script"] != SCRIPT:
+        raise Failure(f"this is a run of {saved['script']}.py, not of {SCRIPT}.py")
+    return Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved["args"].items()})
 
 
 def load(folder: str | Path, *spaces: gym.Space, **changes: Any) -> Agent:
@@ -441,7 +382,7 @@ def load(folder: str | Path, *spaces: gym.Space, **changes: Any) -> Agent:
     args = dataclasses.replace(saved_args(folder), **changes)
     env = None if spaces else make_env(args)
     agent = Agent(*(spaces or (env.observation_space, env.action_space)), args)
-    restore(folder, agent)
+    agent.load_state_dict(ast.literal_eval(Path(folder, CHECKPOINT).read_text())["agent"])
     return agent
 
 
@@ -450,15 +391,13 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    sys.path.append(os.getcwd())  # where the module of `--env-id module:Name-v0` may be
+    sys.path.append(str(Path.cwd()))  # where the module of `--env-id module:Name-v0` may be
     try:
-        args = tyro.cli(Args)
-        folder = args.resume if args.evaluate is None else args.evaluate
-        preset = {"env_id": args.env_id} | PRESETS.get(args.env_id, {})
-        default = Args(**preset) if folder is None else saved_args(folder)
-        kwargs = default.env_kwargs | args.env_kwargs
-        args = tyro.cli(Args, default=dataclasses.replace(default, env_kwargs={}))  # for what the command line says not
-        args.env_kwargs = kwargs
+        given = tyro.cli(Args)
+        folder = given.resume if given.evaluate is None else given.evaluate
+        default = Args(env_id=given.env_id, **PRESETS.get(given.env_id, {})) if folder is None else saved_args(folder)
+        args = tyro.cli(Args, default=dataclasses.replace(default, env_kwargs={}))  # once more, for what was not given
+        args.env_kwargs = default.env_kwargs | given.env_kwargs
         changed = [name for name, x in vars(args).items() if x != vars(default)[name] and name not in CHANGEABLE]
         if changed and args.resume is not None:
             raise Failure(f"--resume may change {', '.join(CHANGEABLE[1:])}, not {', '.join(changed)}")
@@ -466,35 +405,30 @@ def main() -> None:
             train(args)
         else:
             Run(args, load(args.evaluate, **vars(args)), [], functools.partial(make_env, args)).evaluate()
-    except (Failure, OSError) as error:
-        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if hasattr(Run, "stopped") and not isinstance(error, Failure | OSError):
+            raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
-        if hasattr(Run, "latest"):  # otherwise it is --help, or an argument that tyro does not know
-            print(f"\nstopped; to continue: python {sys.argv[0]} --resume {Run.latest}", file=sys.stderr)
+        if path := getattr(Run, "stopped", None):  # otherwise it is --help, or an argument that tyro does not know
+            print(f"\nstopped; to continue: python {sys.argv[0]} --resume {path}", file=sys.stderr)
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tabular scripts' own: states and actions that can be counted, the book's mazes, the picture of a policy.
-# ---------------------------------------------------------------------------------------------------------------------
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
-    """Raises Failure for spaces of which there can be no table."""
-    for part in observation_space if isinstance(observation_space, gym.spaces.Tuple) else [observation_space]:
-        box = isinstance(part, gym.spaces.Box) and part.is_bounded() and math.prod(part.shape) <= 64
-        if not box and not isinstance(part, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
-            others = "vectors: cem_mpc.py, mbpo.py; pictures: muzero.py, dreamer.py; Dict: dreamer.py"
-            raise Failure(f"observations must be Discrete or small arrays that come back exactly, not {part}; {others}")
-    if not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be Discrete, not {action_space}; Box: cem_mpc.py, mbpo.py, dreamer.py")
+    countable = isinstance(action_space, gym.spaces.Discrete)
+    if isinstance(observation_space, gym.spaces.Box):
+        countable &= bool(observation_space.is_bounded() and np.prod(observation_space.shape) <= 64)
+    if not countable or isinstance(observation_space, gym.spaces.Dict):
+        raise Failure(f"no table of {observation_space}, {action_space}: cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
 
 
-def state_of(obs: Any, space: gym.Space) -> Hashable:
-    """An observation as the key of a table: a number or a tuple, the same for equal observations of any type."""
-    if isinstance(space, gym.spaces.Discrete):
-        return int(obs)
+def state_of(space: gym.Space, obs: Any) -> tuple:
+    """An observation as the key of a table, the same for equal observations of any type."""
     if isinstance(space, gym.spaces.Tuple):
-        return tuple(state_of(part, part_space) for part, part_space in zip(obs, space, strict=True))
+        return tuple(map(state_of, space, obs))
     return tuple(np.asarray(obs, space.dtype).ravel().tolist())
 
 
@@ -514,17 +448,14 @@ class Maze(gym.Env):
     2 down, 3 left. After `change_at` steps, counted over all episodes, the second layout replaces the first one."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 8}
-    observation_space, action_space, shape = gym.spaces.Discrete(54), gym.spaces.Discrete(4), (6, 9)
+    observation_space, action_space = gym.spaces.Discrete(54), gym.spaces.Discrete(4)
 
     def __init__(self, layouts: tuple[str, str], change_at: int = 0, render_mode: str | None = None):
         self.layouts, self.change_at, self.render_mode, self.steps_made = layouts, change_at, render_mode, 0
 
-    @property
-    def layout(self) -> str:
-        return self.layouts[self.steps_made >= self.change_at]
-
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[int, dict]:
         super().reset(seed=seed)
+        self.layout = self.layouts[self.steps_made >= self.change_at]
         self.position = self.layout.index("S")
         return self.position, {}
 
@@ -533,8 +464,9 @@ class Maze(gym.Env):
         row, column = self.position // 9 + down, self.position % 9 + right
         if 0 <= row < 6 and 0 <= column < 9 and self.layout[9 * row + column] != "#":
             self.position = 9 * row + column
-        self.steps_made += 1
         at_goal = self.layout[self.position] == "G"
+        self.steps_made += 1
+        self.layout = self.layouts[self.steps_made >= self.change_at]
         return self.position, float(at_goal), at_goal, False, {}
 
     def render(self) -> np.ndarray:
@@ -549,22 +481,19 @@ if "DynaMaze-v0" not in gym.registry:
     gym.register("ShortcutMaze-v0", Maze, kwargs={"layouts": (LEFT, BOTH), "change_at": 3_000})
 
 
-def draw_policy(world: gym.Env, values: dict[int, list[float]]) -> Image.Image:
-    """Prints the best action of every state of a grid world where one is known; returns it over the states' values."""
-    lake = isinstance(world, FrozenLakeEnv)
-    (rows, columns), arrows = ((world.nrow, world.ncol), "←↓→↑") if lake else (world.shape, "↑→↓←")
-    known = {state: arrows[row.index(max(row))] for state, row in values.items() if max(row) > min(row)}
-    marks = [known.get(state, mark) for state, mark in enumerate(getattr(world, "layout", "." * (rows * columns)))]
-    text = "\n".join(" ".join(marks[first : first + columns]) for first in range(0, rows * columns, columns))
-    print(text if "utf" in (sys.stdout.encoding or "").lower() else text.translate(str.maketrans("↑→↓←", "^>v<")))
-    image, highest = Image.new("RGB", (40 * columns, 40 * rows + 20), (90, 90, 90)), max(map(max, values.values()))
-    draw = ImageDraw.Draw(image)
-    for state, arrow in known.items():
-        x, y, share = 40 * (state % columns), 40 * (state // columns), max(values[state]) / (highest or 1.0)
-        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (235 - int(150 * share), 240 - int(90 * share), 250))
-        draw.regular_polygon((x + 20, y + 20, 12), 3, 90 * "↑←↓→".index(arrow), (20, 20, 60))
-    draw.text((4, 40 * rows + 4), f"arrows: best action; the bluer, the higher its value, up to {highest:.3g}")
-    return image
+def draw_policy(maze: Maze, q: dict[tuple, list[float]], path: Path) -> None:
+    """Prints the best action of each state where one is known; draws it, the bluer the higher its value."""
+    known = {state: (max(row), row.index(max(row))) for (state,), row in q.items() if max(row) > min(row)}
+    image, marks = Image.new("RGB", (360, 240), (90, 90, 90)), list(maze.layout)
+    draw, highest = ImageDraw.Draw(image), max(known.values(), default=(1.0,))[0]
+    for state, (value, action) in known.items():
+        x, y, marks[state] = 40 * (state % 9), 40 * (state // 9), "↑→↓←"[action]
+        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (int(235 - 150 * value / highest), 240, 250))
+        draw.regular_polygon((x + 20, y + 20, 12), 3, (0, 270, 180, 90)[action], (20, 20, 60))
+    image.save(path)
+    text = "\n".join(" ".join(marks[first : first + 9]) for first in range(0, 54, 9))
+    text = text if "utf" in (sys.stdout.encoding or "").lower() else text.translate(str.maketrans("↑→↓←", "^>v<"))
+    print(f"{text}\ndrawn, the bluer the higher a state's value: {path}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # which a notebook has not

@@ -9,11 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BEGIN = "# Plumbing: the same in every script."
 TABULAR = {
-    "checkpoint": "checkpoint.json",
+    "checkpoint": "checkpoint.txt",
     "changeable": "",
     "torch": "",
-    "write": "file.write(json.dumps(state, indent=None if name == CHECKPOINT else 2).encode())",
-    "read": "json.loads(Path(folder, CHECKPOINT).read_text())",
+    "write": "file.write((repr(state) if name == CHECKPOINT else json.dumps(state, indent=2)).encode())",
+    "read": "ast.literal_eval(Path(folder, CHECKPOINT).read_text())",
     "make": "gym.make(args.env_id, **drawing, **args.env_kwargs)",
 }
 NEURAL = TABULAR | {
