@@ -91,9 +91,8 @@ class Args:
             raise Failure("--seed, --n-planning and --kappa must be at least 0")
 
 
-PRESETS: dict[str, dict[str, Any]] = {  # defaults of their own for some environments
-    "FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99, "model": "counts"},
-}
+# Defaults of their own for some environments.
+PRESETS = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99, "model": "counts"}}
 
 
 class Model:
