@@ -61,9 +61,7 @@ class Args:
     """Tabular Dyna-Q (Sutton & Barto, section 8.2)."""
 
     env_id: str = "DynaMaze-v0"  # Gymnasium id, or module:Name-v0; here: DynaMaze-v0, BlockingMaze-v0, ShortcutMaze-v0
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(
-        default_factory=dict
-    )  # for `gym.make`: map_name 8x8
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # gym.make's: name value
     total_timesteps: int = 10_000  # environment steps to learn for
     seed: int = 1  # of every random draw
     eval_every: int = 1_000  # environment steps between two evaluations of the greedy policy
@@ -392,6 +390,7 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.path.append(str(Path.cwd()))  # where the module of `--env-id module:Name-v0` may be
+    folder = None
     try:
         given = tyro.cli(Args)
         folder = given.resume if given.evaluate is None else given.evaluate
@@ -408,7 +407,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(Run, "stopped") and not isinstance(error, Failure | OSError):
             raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {error} {folder or ''}".split())
         print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:

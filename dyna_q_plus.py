@@ -61,10 +61,8 @@ from tqdm import tqdm
 class Args:
     """Tabular Dyna-Q+ (Sutton & Barto, section 8.3)."""
 
-    env_id: str = "BlockingMaze-v0"  # Gymnasium id, or module:Name-v0; here: DynaMaze, BlockingMaze, ShortcutMaze-v0
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(
-        default_factory=dict
-    )  # for `gym.make`: map_name 8x8
+    env_id: str = "BlockingMaze-v0"  # Gymnasium id, or module:Name-v0; here also ShortcutMaze-v0, DynaMaze-v0
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # gym.make's: name value
     total_timesteps: int = 6_000  # environment steps to learn for
     seed: int = 1  # of every random draw
     eval_every: int = 1_000  # environment steps between two evaluations of the greedy policy
@@ -87,7 +85,7 @@ class Args:
             raise Failure("--alpha, --gamma and --epsilon must be from 0 to 1")
         if min(self.total_timesteps, self.eval_every, self.eval_episodes, self.checkpoint_every) < 1:
             raise Failure("--total-timesteps, --eval-every, --eval-episodes, --checkpoint-every must be at least 1")
-        if not min(self.seed, self.n_planning, self.kappa) >= 0:
+        if min(self.seed, self.n_planning) < 0 or not self.kappa >= 0:
             raise Failure("--seed, --n-planning and --kappa must be at least 0")
 
 
@@ -412,6 +410,7 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.path.append(str(Path.cwd()))  # where the module of `--env-id module:Name-v0` may be
+    folder = None
     try:
         given = tyro.cli(Args)
         folder = given.resume if given.evaluate is None else given.evaluate
@@ -428,7 +427,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(Run, "stopped") and not isinstance(error, Failure | OSError):
             raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = " ".join(f"{type(error).__name__}: {error} {folder or ''}".split())
         print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
