@@ -15,18 +15,16 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.2,
       (b) A <- epsilon-greedy(S, Q), ties broken at random
       (c) Take action A; observe resultant reward R and state S'
       (d) Q(S, A) <- Q(S, A) + alpha [R + gamma max_a Q(S', a) - Q(S, A)]
-      (e) Model(S, A) <- R, S'
+      (e) Model(S, A) <- one more outcome R, S'
       (f) Loop n times:
             S, A <- random pair of those tried before
-            R, S' <- Model(S, A)
-            Q(S, A) <- Q(S, A) + alpha [R + gamma max_a Q(S', a) - Q(S, A)]
+            Q(S, A) <- Q(S, A) + alpha [E[R + gamma max_a Q(S', a)] - Q(S, A)], E by Model(S, A)
 
-Two things differ from the book. Its loop (f) draws a state, then an action taken there: the same, once all actions
-have been tried in all states. And its model holds one outcome per pair, which is right for deterministic worlds only;
-here it counts all outcomes and (f) takes the expectation over them (equation 8.1, exercise 8.5). `--model last` is the
-book's table: use it where the world changes, for counts never forget.
+Two things differ from the book. Its loop (f) draws a state, then an action taken there: the same, once all actions have
+been tried in all states. And its model holds a pair's latest outcome, which is right for deterministic worlds; here it
+counts them all, and (f) takes the expectation (equation 8.1, with a step size; exercise 8.5).
 
-Run:     python dyna_q.py                              (a second: a path of 14 steps, the shortest, or 16)
+Run:     python dyna_q.py                              (a second: 14 steps, the shortest path (7 of 10 seeds), or 16)
          python dyna_q.py --env-id FrozenLake-v1       (2 seconds)
 """
 
@@ -72,16 +70,16 @@ class Args:
     evaluate: str | None = None  # run folder whose agent to evaluate, without learning
     capture_video: bool = False  # record the first episode of each evaluation as a GIF in the run folder
 
-    alpha: float = 0.1  # step size of the Q-learning update (the book's value for figure 8.2)
-    gamma: float = 0.95  # discount factor (the book's value)
-    epsilon: float = 0.1  # probability of a uniformly random action (the book's value)
+    alpha: float = 0.1  # step size (this, gamma and epsilon: the book's values for figure 8.2)
+    gamma: float = 0.95  # discount factor
+    epsilon: float = 0.1  # probability of a uniformly random action
     n_planning: int = 50  # planning updates per real step; 0 is Q-learning (the book compares 0, 5 and 50)
     initial_q: float = 0.0  # value that every state-action pair starts with
-    model: Literal["counts", "last"] = "counts"  # all outcomes by their frequency, or the book's table of the latest
+    model: Literal["counts", "last"] = "counts"  # all outcomes, counted; or the latest, for a world that changes
 
     def __post_init__(self):
-        if not all(0 <= share <= 1 for share in (self.alpha, self.gamma, self.epsilon)):
-            raise Failure("--alpha, --gamma and --epsilon must be from 0 to 1")
+        if not all(0 <= share <= 1 for share in (self.alpha, self.gamma, self.epsilon)) or np.isnan(self.initial_q):
+            raise Failure("--alpha, --gamma and --epsilon must be from 0 to 1, --initial-q a number")
         if min(self.total_timesteps, self.eval_every, self.eval_episodes, self.checkpoint_every) < 1:
             raise Failure("--total-timesteps, --eval-every, --eval-episodes, --checkpoint-every must be at least 1")
         if min(self.seed, self.n_planning) < 0:
@@ -90,21 +88,21 @@ class Args:
 
 PRESETS: dict[str, dict[str, Any]] = {  # defaults of their own for some environments
     "FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99},
-    "BlockingMaze-v0": {"model": "last"},  # counts never forget
+    "BlockingMaze-v0": {"model": "last"},
     "ShortcutMaze-v0": {"model": "last"},
 }
 
 
 class Model:
-    """What followed each pair (s, a): how often each outcome, and with what reward. `pairs` says the same as planning
-    reads it: (row of s in Q, a, mean reward, [(gamma * p(s'|s,a), row of s' in Q), ...]). The rows are the lists in Q
+    """`outcomes`: what followed each pair (s, a), counted. `pairs`: the same, ready for planning, as tuples
+    (row of s in Q, a, mean reward, [(gamma * p(s'|s,a), row of s' in Q), ...]). The rows are the lists in Q
     themselves, so that to write to one is to write to Q. A terminal s' is left out, which gives it the value 0."""
 
     def __init__(self, q: dict[tuple, list[float]], args: Args):
         self.q, self.args = q, args
         self.outcomes: dict[tuple, dict[tuple, tuple]] = {}  # (s, a) -> (s', terminated) -> count, sum of rewards
         self.pairs: list[tuple] = []
-        self.place: dict[tuple, int] = {}  # (s, a) -> where in `pairs`
+        self.index: dict[tuple, int] = {}  # (s, a) -> where in `pairs`
 
     def update(self, state: tuple, action: int, reward: float, next_state: tuple, terminated: bool) -> None:
         """Counts one real transition."""
@@ -120,12 +118,14 @@ class Model:
         outcomes = self.outcomes[state, action]
         visits = sum(count for count, _ in outcomes.values())
         reward = sum(reward_sum for _, reward_sum in outcomes.values()) / visits
-        goes_on = [(next_state, count) for (next_state, terminated), (count, _) in outcomes.items() if not terminated]
-        successors = [(self.args.gamma * (count / visits), self.q[next_state]) for next_state, count in goes_on]
-        if (state, action) not in self.place:
-            self.place[state, action] = len(self.pairs)
+        nonterminal = [
+            (next_state, count) for (next_state, terminated), (count, _) in outcomes.items() if not terminated
+        ]
+        successors = [(self.args.gamma * (count / visits), self.q[next_state]) for next_state, count in nonterminal]
+        if (state, action) not in self.index:
+            self.index[state, action] = len(self.pairs)
             self.pairs.append(())
-        self.pairs[self.place[state, action]] = self.q[state], action, reward, successors
+        self.pairs[self.index[state, action]] = self.q[state], action, reward, successors
 
 
 class Agent:
@@ -139,7 +139,7 @@ class Agent:
         self.q = defaultdict(functools.partial(list, [args.initial_q] * self.num_actions))
         self.model = Model(self.q, args)
         self.rng = random.Random(seed_of(args.seed, 0))
-        self.td_error = 0.0  # running mean of absolute errors, for the log
+        self.td_error = 0.0  # moving average of absolute errors over about 100 steps, for the log
 
     def act(self, obs: Any) -> np.integer:
         """Epsilon-greedy action."""
@@ -161,12 +161,12 @@ class Agent:
         """The planning updates that follow a real step: their innermost line runs millions of times a second."""
         alpha = self.args.alpha
         for row, action, target, successors in self.rng.choices(self.model.pairs, k=self.args.n_planning):
-            for weight, next_row in successors:  # target = R + gamma * sum over s' of p(s'|S,A) * max_a Q(s', a)
+            for weight, next_row in successors:  # the mean reward + gamma * sum over s' of p(s'|S,A) * max_a Q(s', a)
                 target += weight * max(next_row)
             row[action] += alpha * (target - row[action])
 
     def greedy_policy(self, seed: int) -> Callable[..., np.integer]:
-        """A policy (observation -> action) that does not touch the agent; ties are broken with `seed`."""
+        """A policy (observation -> action) that changes nothing in the agent; ties are broken with `seed`."""
         rng, unknown = random.Random(seed), [0.0] * self.num_actions
         return lambda obs, info=None: self.first_action + random_argmax(self.q.get(self.key(obs), unknown), rng)
 
@@ -226,7 +226,7 @@ class Failure(Exception):
 
 
 def seed_of(*key: int) -> int:
-    """A seed for: the run's seed; 0 agent, 1 training, 2 evaluation, 3 acting in evaluation, 4 planning; a number."""
+    """A seed of (the run's seed, purpose, number); purposes: 0 agent, 1 training, 2 evaluation, 3 acting in it."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
@@ -272,7 +272,7 @@ class Run:
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%dT%H%M%S.%f}".replace("/", "-")
         self.path = folder = Path(args.evaluate or args.resume or Path(args.run_dir, name.replace(":", "-")))
         state = {"run": (0, 0.0, 0.0, 0), "result": {}, "episodes": [(0, ())] * len(episodes)}
-        if (folder / CHECKPOINT).exists():  # a run that was killed before its first one begins anew
+        if (folder / CHECKPOINT).exists():  # killed before its first checkpoint, it begins anew
             state = ast.literal_eval(Path(folder, CHECKPOINT).read_text())
             agent.load_state_dict(state["agent"])
         (self.step, self.seconds, wall_seconds, logged), self.result = state["run"], state["result"]
@@ -284,9 +284,9 @@ class Run:
             self.write("args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}, "versions": versions})
             self.events = open(self.path / "events.out.tfevents.0", "ab", buffering=0)
             self.events.seek(self.events.truncate(logged))  # what was logged after the checkpoint comes again
-        Run.stopped = None if args.evaluate else self.path  # what a signal stops
+        Run.resumable = None if args.evaluate else self.path  # for the message when a signal stops it
         for episode, (number, actions) in zip(episodes, state["episodes"], strict=False):
-            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # some worlds change with it
+            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # the mazes change with it
             episode.reset(number, actions)
 
     def steps(self, stride: int = 1) -> Iterator[int]:
@@ -302,7 +302,7 @@ class Run:
             yield self.step
             self.seconds += time.perf_counter() - begun  # of training alone
             self.bar.update(stride)
-            if due(max(1, total // 100)) or due(args.checkpoint_every):  # so that no checkpoint holds a NaN
+            if due(max(1, total // 100)) or due(args.checkpoint_every):  # a checkpoint holds no NaN
                 self.log({"charts/SPS": self.step / self.seconds, **self.agent.metrics()})
             if self.bar.disable and due(max(1, total // 10)):
                 print(f"step {self.step} of {total}, {self.step / self.seconds:.4g} steps/s", flush=True)
@@ -405,23 +405,22 @@ def main() -> None:
         else:
             Run(args, load(args.evaluate, **vars(args)), [], functools.partial(make_env, args)).evaluate()
     except Exception as error:
-        if hasattr(Run, "stopped") and not isinstance(error, Failure | OSError):
+        if hasattr(Run, "resumable") and not isinstance(error, Failure | OSError):
             raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
         text = " ".join(f"{type(error).__name__}: {error} {folder or ''}".split())
         print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
-        if path := getattr(Run, "stopped", None):  # otherwise it is --help, or an argument that tyro does not know
+        if path := getattr(Run, "resumable", None):  # otherwise it is --help, or an argument that tyro does not know
             print(f"\nstopped; to continue: python {sys.argv[0]} --resume {path}", file=sys.stderr)
         raise
 
 
-def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
-    countable = isinstance(action_space, gym.spaces.Discrete)
-    if isinstance(observation_space, gym.spaces.Box):
-        countable &= bool(observation_space.is_bounded() and np.prod(observation_space.shape) <= 64)
-    if not countable or isinstance(observation_space, gym.spaces.Dict):
-        raise Failure(f"no table of {observation_space}, {action_space}: cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
+def check_spaces(space: gym.Space, action_space: gym.Space) -> None:
+    """Raises Failure where there can be no table: observations have to come back, to the last digit."""
+    large = isinstance(space, gym.spaces.Box) and not (space.is_bounded() and np.prod(space.shape) <= 64)
+    if large or isinstance(space, gym.spaces.Dict) or not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"no table of {space}, {action_space}: try cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
 
 
 def state_of(space: gym.Space, obs: Any) -> tuple:
@@ -459,8 +458,8 @@ class Maze(gym.Env):
         return self.position, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
-        down, right = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
-        row, column = self.position // 9 + down, self.position % 9 + right
+        d_row, d_column = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
+        row, column = self.position // 9 + d_row, self.position % 9 + d_column
         if 0 <= row < 6 and 0 <= column < 9 and self.layout[9 * row + column] != "#":
             self.position = 9 * row + column
         at_goal = self.layout[self.position] == "G"
@@ -481,13 +480,14 @@ if "DynaMaze-v0" not in gym.registry:
 
 
 def draw_policy(maze: Maze, q: dict[tuple, list[float]], path: Path) -> None:
-    """Prints the best action of each state where one is known; draws it, the bluer the higher its value."""
-    known = {state: (max(row), row.index(max(row))) for (state,), row in q.items() if max(row) > min(row)}
+    """Prints the best action of each state where one is better; draws it, the bluer the higher its value."""
+    free = [(state, row) for (state,), row in q.items() if max(row) > min(row) and maze.layout[state] != "#"]
+    known = {state: (max(row), row.index(max(row))) for state, row in free}
     image, marks = Image.new("RGB", (360, 240), (90, 90, 90)), list(maze.layout)
-    draw, highest = ImageDraw.Draw(image), max(known.values(), default=(1.0,))[0]
+    draw, highest = ImageDraw.Draw(image), max(1e-9, *(value for value, _ in known.values()), 0.0)
     for state, (value, action) in known.items():
         x, y, marks[state] = 40 * (state % 9), 40 * (state // 9), "↑→↓←"[action]
-        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (int(235 - 150 * value / highest), 240, 250))
+        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (int(235 - 150 * max(0.0, value / highest)), 240, 250))
         draw.regular_polygon((x + 20, y + 20, 12), 3, (0, 270, 180, 90)[action], (20, 20, 60))
     image.save(path)
     text = "\n".join(" ".join(marks[first : first + 9]) for first in range(0, 54, 9))

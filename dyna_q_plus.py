@@ -22,9 +22,8 @@ The algorithm (Sutton & Barto, Reinforcement Learning, 2nd edition, section 8.3)
             Q(S, A) <- Q(S, A) + alpha [R + kappa sqrt(tau(S, A)) + gamma max_a Q(S', a) - Q(S, A)]
 
 That untried actions take part in planning is a footnote of the book on which everything depends: without it the bonus
-draws the agent only to what it knows. Evaluated is the solution of the learned model, by value iteration: Q holds the
-bonus, and a policy that follows it without learning would go to one wall over and over. So an evaluation tells what was
-explored; how well the agent acts, the return of the training episodes.
+draws the agent only to what it knows. Evaluations act on values solved from the learned model without the bonus: a
+policy that follows Q without learning would go to one wall over and over. So they tell what was explored.
 
 Run:     python dyna_q_plus.py                               (a second: 16 steps, the shortest path)
          python dyna_q_plus.py --env-id ShortcutMaze-v0      (a second: 10 steps, the shortest path)
@@ -74,11 +73,11 @@ class Args:
     capture_video: bool = False  # record the first episode of each evaluation as a GIF in the run folder
 
     alpha: float = 0.5  # step size of the Q-learning update (the book does not name its own)
-    gamma: float = 0.95  # discount factor (the book's value)
-    epsilon: float = 0.1  # probability of a uniformly random action (the book's value)
+    gamma: float = 0.95  # discount factor
+    epsilon: float = 0.1  # probability of a uniformly random action
     n_planning: int = 50  # planning updates per real step; 0 is Q-learning (the book compares 0, 5 and 50)
     kappa: float = 1e-3  # weight of the bonus kappa * sqrt(tau), tau in real steps (the book does not name its own)
-    model: Literal["counts", "last"] = "last"  # all outcomes by their frequency, or the book's table of the latest
+    model: Literal["counts", "last"] = "last"  # all outcomes, counted; or the latest, for a world that changes
 
     def __post_init__(self):
         if not all(0 <= share <= 1 for share in (self.alpha, self.gamma, self.epsilon)):
@@ -94,16 +93,16 @@ PRESETS = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "g
 
 
 class Model:
-    """What followed each pair (s, a): how often each outcome, and with what reward. `pairs` says the same as planning
-    reads it: [row of s in Q, a, mean reward, [(gamma * p(s'|s,a), row of s' in Q), ...], time last tried]. The rows are
-    the lists in Q themselves, so that to write to one is to write to Q. A terminal s' is left out, which gives it the
-    value 0. An action untried in a state that was left is a pair, too: reward 0, back to s, last tried at time 0."""
+    """`outcomes`: what followed each pair (s, a), counted. `pairs`: the same, ready for planning, as lists
+    [row of s in Q, a, mean reward, [(gamma * p(s'|s,a), row of s' in Q), ...], time last tried]. The rows are the lists
+    in Q themselves, so that to write to one is to write to Q. A terminal s' is left out, which gives it the value 0.
+    An action untried in a state that was left is a pair, too: reward 0, back to s, last tried at time 0."""
 
     def __init__(self, q: dict[tuple, list[float]], args: Args):
         self.q, self.args, self.clock = q, args, 0  # real steps
         self.outcomes: dict[tuple, dict[tuple, tuple]] = {}  # (s, a) -> (s', terminated) -> count, sum of rewards
         self.pairs: list[list] = []
-        self.place: dict[tuple, int] = {}  # s -> where its pairs begin in `pairs`, one for each action
+        self.index: dict[tuple, int] = {}  # s -> where its pairs begin in `pairs`, one for each action
 
     def update(self, state: tuple, action: int, reward: float, next_state: tuple, terminated: bool) -> None:
         """Counts one real transition."""
@@ -120,12 +119,14 @@ class Model:
         outcomes, row = self.outcomes[state, action], self.q[state]
         visits = sum(count for count, _ in outcomes.values())
         reward = sum(reward_sum for _, reward_sum in outcomes.values()) / visits
-        goes_on = [(next_state, count) for (next_state, terminated), (count, _) in outcomes.items() if not terminated]
-        successors = [(self.args.gamma * (count / visits), self.q[next_state]) for next_state, count in goes_on]
-        if state not in self.place:
-            self.place[state] = len(self.pairs)
+        nonterminal = [
+            (next_state, count) for (next_state, terminated), (count, _) in outcomes.items() if not terminated
+        ]
+        successors = [(self.args.gamma * (count / visits), self.q[next_state]) for next_state, count in nonterminal]
+        if state not in self.index:
+            self.index[state] = len(self.pairs)
             self.pairs += [[row, untried, 0.0, [(self.args.gamma, row)], 0] for untried in range(len(row))]
-        self.pairs[self.place[state] + action] = [row, action, reward, successors, last_tried]
+        self.pairs[self.index[state] + action] = [row, action, reward, successors, last_tried]
 
 
 class Agent:
@@ -139,7 +140,7 @@ class Agent:
         self.q = defaultdict(functools.partial(list, [0.0] * self.num_actions))
         self.model = Model(self.q, args)
         self.rng = random.Random(seed_of(args.seed, 0))
-        self.td_error = 0.0  # running mean of absolute errors, for the log
+        self.td_error = 0.0  # moving average of absolute errors over about 100 steps, for the log
 
     def act(self, obs: Any) -> np.integer:
         """Epsilon-greedy action."""
@@ -166,7 +167,7 @@ class Agent:
             row[action] += alpha * (target - row[action])
 
     def greedy_policy(self, seed: int) -> Callable[..., np.integer]:
-        """A policy (observation -> action) that does not touch the agent; ties are broken with `seed`."""
+        """A policy (observation -> action) that changes nothing in the agent; ties are broken with `seed`."""
         rng, values, unknown = random.Random(seed), self.values(), [0.0] * self.num_actions
         return lambda obs, info=None: self.first_action + random_argmax(values.get(self.key(obs), unknown), rng)
 
@@ -193,17 +194,17 @@ class Agent:
     def state_dict(self) -> dict:
         """All that the next step depends on; `ast.literal_eval(repr(state))` is the same again."""
         state = {"q": dict(self.q), "model": self.model.outcomes, "td_error": self.td_error, "rng": self.rng.getstate()}
-        return state | {"last_tried": [pair[4] for pair in self.model.pairs], "clock": self.model.clock}
+        last_tried = [self.model.pairs[self.model.index[s] + a][4] for s, a in self.model.outcomes]
+        return state | {"last_tried": last_tried, "clock": self.model.clock}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` gave, into a newly made agent."""
+        """Restores what `state_dict` gave."""
         state = copy.deepcopy(state)
         self.q.update(state["q"])
-        self.model.outcomes, self.td_error, self.model.clock = state["model"], state["td_error"], state["clock"]
-        for pair in self.model.outcomes:
-            self.model.write_pair(*pair, last_tried=0)
-        for pair, last_tried in zip(self.model.pairs, state["last_tried"], strict=True):
-            pair[4] = last_tried
+        self.model, self.td_error = Model(self.q, self.args), state["td_error"]
+        self.model.outcomes, self.model.clock = state["model"], state["clock"]
+        for pair, last_tried in zip(self.model.outcomes, state["last_tried"], strict=True):
+            self.model.write_pair(*pair, last_tried)
         self.rng.setstate(state["rng"])
 
 
@@ -246,7 +247,7 @@ class Failure(Exception):
 
 
 def seed_of(*key: int) -> int:
-    """A seed for: the run's seed; 0 agent, 1 training, 2 evaluation, 3 acting in evaluation, 4 planning; a number."""
+    """A seed of (the run's seed, purpose, number); purposes: 0 agent, 1 training, 2 evaluation, 3 acting in it."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
 
 
@@ -292,7 +293,7 @@ class Run:
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%dT%H%M%S.%f}".replace("/", "-")
         self.path = folder = Path(args.evaluate or args.resume or Path(args.run_dir, name.replace(":", "-")))
         state = {"run": (0, 0.0, 0.0, 0), "result": {}, "episodes": [(0, ())] * len(episodes)}
-        if (folder / CHECKPOINT).exists():  # a run that was killed before its first one begins anew
+        if (folder / CHECKPOINT).exists():  # killed before its first checkpoint, it begins anew
             state = ast.literal_eval(Path(folder, CHECKPOINT).read_text())
             agent.load_state_dict(state["agent"])
         (self.step, self.seconds, wall_seconds, logged), self.result = state["run"], state["result"]
@@ -304,9 +305,9 @@ class Run:
             self.write("args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}, "versions": versions})
             self.events = open(self.path / "events.out.tfevents.0", "ab", buffering=0)
             self.events.seek(self.events.truncate(logged))  # what was logged after the checkpoint comes again
-        Run.stopped = None if args.evaluate else self.path  # what a signal stops
+        Run.resumable = None if args.evaluate else self.path  # for the message when a signal stops it
         for episode, (number, actions) in zip(episodes, state["episodes"], strict=False):
-            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # some worlds change with it
+            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # the mazes change with it
             episode.reset(number, actions)
 
     def steps(self, stride: int = 1) -> Iterator[int]:
@@ -322,7 +323,7 @@ class Run:
             yield self.step
             self.seconds += time.perf_counter() - begun  # of training alone
             self.bar.update(stride)
-            if due(max(1, total // 100)) or due(args.checkpoint_every):  # so that no checkpoint holds a NaN
+            if due(max(1, total // 100)) or due(args.checkpoint_every):  # a checkpoint holds no NaN
                 self.log({"charts/SPS": self.step / self.seconds, **self.agent.metrics()})
             if self.bar.disable and due(max(1, total // 10)):
                 print(f"step {self.step} of {total}, {self.step / self.seconds:.4g} steps/s", flush=True)
@@ -425,23 +426,22 @@ def main() -> None:
         else:
             Run(args, load(args.evaluate, **vars(args)), [], functools.partial(make_env, args)).evaluate()
     except Exception as error:
-        if hasattr(Run, "stopped") and not isinstance(error, Failure | OSError):
+        if hasattr(Run, "resumable") and not isinstance(error, Failure | OSError):
             raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
         text = " ".join(f"{type(error).__name__}: {error} {folder or ''}".split())
         print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit:
-        if path := getattr(Run, "stopped", None):  # otherwise it is --help, or an argument that tyro does not know
+        if path := getattr(Run, "resumable", None):  # otherwise it is --help, or an argument that tyro does not know
             print(f"\nstopped; to continue: python {sys.argv[0]} --resume {path}", file=sys.stderr)
         raise
 
 
-def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
-    countable = isinstance(action_space, gym.spaces.Discrete)
-    if isinstance(observation_space, gym.spaces.Box):
-        countable &= bool(observation_space.is_bounded() and np.prod(observation_space.shape) <= 64)
-    if not countable or isinstance(observation_space, gym.spaces.Dict):
-        raise Failure(f"no table of {observation_space}, {action_space}: cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
+def check_spaces(space: gym.Space, action_space: gym.Space) -> None:
+    """Raises Failure where there can be no table: observations have to come back, to the last digit."""
+    large = isinstance(space, gym.spaces.Box) and not (space.is_bounded() and np.prod(space.shape) <= 64)
+    if large or isinstance(space, gym.spaces.Dict) or not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"no table of {space}, {action_space}: try cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
 
 
 def state_of(space: gym.Space, obs: Any) -> tuple:
@@ -479,8 +479,8 @@ class Maze(gym.Env):
         return self.position, {}
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
-        down, right = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
-        row, column = self.position // 9 + down, self.position % 9 + right
+        d_row, d_column = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
+        row, column = self.position // 9 + d_row, self.position % 9 + d_column
         if 0 <= row < 6 and 0 <= column < 9 and self.layout[9 * row + column] != "#":
             self.position = 9 * row + column
         at_goal = self.layout[self.position] == "G"
@@ -501,13 +501,14 @@ if "DynaMaze-v0" not in gym.registry:
 
 
 def draw_policy(maze: Maze, q: dict[tuple, list[float]], path: Path) -> None:
-    """Prints the best action of each state where one is known; draws it, the bluer the higher its value."""
-    known = {state: (max(row), row.index(max(row))) for (state,), row in q.items() if max(row) > min(row)}
+    """Prints the best action of each state where one is better; draws it, the bluer the higher its value."""
+    free = [(state, row) for (state,), row in q.items() if max(row) > min(row) and maze.layout[state] != "#"]
+    known = {state: (max(row), row.index(max(row))) for state, row in free}
     image, marks = Image.new("RGB", (360, 240), (90, 90, 90)), list(maze.layout)
-    draw, highest = ImageDraw.Draw(image), max(known.values(), default=(1.0,))[0]
+    draw, highest = ImageDraw.Draw(image), max(1e-9, *(value for value, _ in known.values()), 0.0)
     for state, (value, action) in known.items():
         x, y, marks[state] = 40 * (state % 9), 40 * (state // 9), "↑→↓←"[action]
-        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (int(235 - 150 * value / highest), 240, 250))
+        draw.rectangle((x + 1, y + 1, x + 38, y + 38), (int(235 - 150 * max(0.0, value / highest)), 240, 250))
         draw.regular_polygon((x + 20, y + 20, 12), 3, (0, 270, 180, 90)[action], (20, 20, 60))
     image.save(path)
     text = "\n".join(" ".join(marks[first : first + 9]) for first in range(0, 54, 9))
