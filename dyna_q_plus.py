@@ -239,7 +239,7 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
 # Plumbing: the same in every script. Nothing of Dyna-Q+ is below this line.
 # ---------------------------------------------------------------------------------------------------------------------
 SCRIPT, CHECKPOINT = "dyna_q_plus", "checkpoint.txt"
-CHANGEABLE = ["resume", "total_timesteps", "eval_every", "eval_episodes", "checkpoint_every", "capture_video"]
+MUTABLE = "total_timesteps, eval_every, eval_episodes, checkpoint_every, capture_video, device, threads, compile"
 
 
 class Failure(Exception):
@@ -418,9 +418,12 @@ def main() -> None:
         default = Args(env_id=given.env_id, **PRESETS.get(given.env_id, {})) if folder is None else saved_args(folder)
         args = tyro.cli(Args, default=dataclasses.replace(default, env_kwargs={}))  # once more, for what was not given
         args.env_kwargs = default.env_kwargs | given.env_kwargs
-        changed = [name for name, x in vars(args).items() if x != vars(default)[name] and name not in CHANGEABLE]
+        changed = {name for name, x in vars(args).items() if x != vars(default)[name]} - {
+            "resume",
+            *MUTABLE.split(", "),
+        }
         if changed and args.resume is not None:
-            raise Failure(f"--resume may change {', '.join(CHANGEABLE[1:])}, not {', '.join(changed)}")
+            raise Failure(f"--resume may change {MUTABLE}, not {', '.join(sorted(changed))}")
         if args.evaluate is None:
             train(args)
         else:

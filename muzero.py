@@ -1,20 +1,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.4",
-#   "numpy>=2.0",
-#   "gymnasium>=1.2",
-#   "tyro>=0.9",
-#   "tensorboard>=2.18",
-#   "pillow>=10.1",
-#   "tqdm>=4.66",
+#   "torch>=2.4", "numpy>=2.0", "gymnasium>=1.2", "tyro>=0.9", "tensorboard>=2.18", "pillow>=10.1", "tqdm>=4.66",
 # ]
 # ///
 """MuZero: search a tree of what could be done, in a model learned for that alone.
 
 A network turns the observation into a latent state; a second one goes from latent state and action to the next latent
-state; a third gives each latent state the reward that led there, a policy and a value. With them a tree search looks
-ahead, and finds a better policy and value than those it started from, which are trained towards what it found.
+state; a third gives each latent state the reward that led there, a policy and a value. With them a tree search finds a
+better policy and value than those it started from, which are trained towards what it found.
 
 The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi by planning with a learned model"):
 
@@ -28,73 +22,47 @@ The algorithm (Schrittwieser et al. 2020, "Mastering Atari, Go, chess and shogi 
         Train predicted rewards, values and policies towards rewards, n-step returns and policies    (equation 1)
 
 `--search gumbel`, the default, is Gumbel MuZero (Danihelka et al. 2022, "Policy improvement by planning with Gumbel"):
-at the root some actions are drawn without replacement, and again and again the worse half of them is dropped, which
-improves the policy with any number of simulations. With `--min-range 0` and without noise both searches take the same
-steps as DeepMind's mctx. What differs from the papers:
+at the root some actions are drawn without replacement, and again and again the worse half of them is dropped. With
+`--min-range 0` and without noise both searches take the same steps as DeepMind's mctx. What differs from the papers:
 
-    - The value that a search stores is that of the policy which it found. The mean of what came back through the root,
-      the papers' choice, also counts what the search tried without liking it.
-    - Value targets use the rewards of an old episode only up to the first action that today's policy would not take any
-      more (`follow`); policies and values of old positions are searched again, often (`reanalyze_ratio`).
-    - Nearly equal Q stay close when they are rescaled (`min_range`).
-    - Vectors are standardised; their network predicts how the latent state changes; and a loss like EfficientZero's
-      (`consistency_weight`; without its batch normalisation and its shifted pictures) holds latent states to the
-      observations that come (on the cart pole it learns as well without that loss: benchmark/claims).
-    - Self-play can repeat actions (`repeat`), which it does on Acrobot. By default no priorities are used.
-    - With two players the value alone encodes the result, before the end of a game and after it: the reward with which
-      a game terminates becomes that value. Values are categories, and not scaled. The settings of the board games
-      explore more.
-    - Q is normalised by the range at its node, as in mctx, not by that of the whole tree; random actions after an end
-      are trained with reward 0; and a part's last state is valued by the network until it is searched (where some
-      actions are not allowed it never is, as it is not known which; its value is brought up to date all the same).
-    - A state is a single observation (no history); the reward is predicted from the state that it leads to; in
-      convolutional networks an action adds learned numbers at every place (theirs: planes).
-    - The optimizer is Adam, with clipped gradients; importance weights are divided by the largest of the batch. What a
-      new search of an old position finds stays in the replay, and is what value targets end in (MuZero: the value of a
-      target network).
+    - A search stores the value of the policy that it found, not the mean of what came back through the root.
+    - Value targets use rewards only up to the first action that today's policy would not take any more (`follow`); old
+      positions are searched again, often (`reanalyze_ratio`), and targets end in what that found (theirs: in a target
+      network's value). Nearly equal Q stay close (`min_range`); self-play can repeat actions (`repeat`).
+    - Vectors are standardised, their network predicts how the latent state changes, and a loss like EfficientZero's
+      (`consistency_weight`) holds imagined latent states to the observations that came. Adam; a state is a single
+      observation; in convolutional networks an action adds learned numbers at every place.
+    - With two players the reward that ends a game becomes the value of the state after it, and rewards are 0.
+    - As in mctx, Q is normalised by the range at its node, not by that of the whole tree.
 
-Run:     python muzero.py
-         python muzero.py --env-id TicTacToe-v0      (then, to play against it: --play runs/FOLDER)
-         python muzero.py --help
-Expect:  On one of 2 busy CPU cores:
-         CartPole-v1: return 500, the maximum, in all 20 episodes of every evaluation from 6,000 steps on, and so until
-         30,000 steps (10 of 10 seeds, on 2 of which the settings were chosen); 10,000 steps take 3 to
-         6 minutes.
-         LunarLander-v3: 213, 227 and 147 over 100 episodes after 100,000 steps (3 seeds, of which the first served to
-         choose the settings), 18 minutes.
-         Acrobot-v1: -99, -80, -87, -85, -96 after 20,000 steps (5 seeds, of which the first served to choose the
-         settings), 6 to 9 minutes.
-         TicTacToe-v0: after 50,000 steps of self-play, of the 610 to 680 games that an opponent can choose, whoever
-         begins, 4 of 5 seeds lose none and one loses a single one; moving first, each wins 99 % of its games
-         against random moves; half an hour. The settings were chosen on one of the seeds.
+Run:     python muzero.py; for games of two players: python muzero.py --env-id TicTacToe-v0
+Expect:  on one of 2 busy CPU cores:
+    CartPole-v1      10,000 steps   3 to 6 minutes  500, the maximum, from 6,000 steps on (10 of 10 seeds)
+    Acrobot-v1       20,000 steps   6 to 9 minutes  -80 to -99 (5 seeds)
+    LunarLander-v3  100,000 steps      18 minutes   213, 227 and 147 over 100 episodes (3 seeds)
+    TicTacToe-v0     50,000 steps    half an hour   of all games that an opponent can choose 4 of 5 seeds lose none, one
+                                                    loses a single one; moving first, 99 % won against random moves
 """
 
-import argparse
-import ast
 import copy
 import dataclasses
+import functools
+import importlib
 import io
 import itertools
 import json
 import math
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
-# The search makes many small matrix products; more threads would only wait for each other, and for other runs. NumPy
-# looks at this when it is first imported: a program that imports it before this file has to set it itself.
+# The search makes many small matrix products, for which more threads would only wait for each other. (A program that
+# imports NumPy before this file has to set it itself.)
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
@@ -103,157 +71,85 @@ import tyro
 from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.text.summary import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 
-class Failure(Exception):
-    """Something the user can fix. `main` prints it as one line and exits with status 2."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Args
-# ---------------------------------------------------------------------------------------------------------------------
-LONGEST_PART = 200  # steps; longer episodes are stored in several parts
-LONGEST_WAIT = 1_600  # steps, of all environments together, in which each stores a part
-
-
 @dataclasses.dataclass
 class Args:
     """MuZero (Schrittwieser et al. 2020) and Gumbel MuZero (Danihelka et al. 2022)."""
 
-    env_id: str = "CartPole-v1"
-    """Gymnasium id, `module:Name-v0` for another package's. Built in: TicTacToe-v0, KInARow-v0."""
-    env_kwargs: tuple[str, ...] = ()
-    """Options for `gym.make`, as name=value: `--env-kwargs max_episode_steps=50`."""
-    total_timesteps: Annotated[int, 0, math.inf] = 10_000
-    """Environment steps (calls of `env.step`) to learn for."""
-    seed: Annotated[int, 0, 2**32 - 1] = 1
-    """Seed of every random draw: the agent's, the episodes', the evaluation's."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the networks are; `auto` takes a GPU where there is one."""
-    threads: Annotated[int, 1, 1024] = 1
-    """CPU threads; two runs side by side get more done than one with two threads."""
-    compile: bool = False
-    """Compile the loss with torch.compile, which changes nothing but speed and rounding; for GPUs."""
-    eval_every: Annotated[int, 1, math.inf] = 1_000
-    """Environment steps between two evaluations (greedy policy, environment of its own)."""
-    eval_episodes: Annotated[int, 1, math.inf] = 5
-    """Episodes of an evaluation. Where the environment has no time limit, one ends after 1,000 steps at the latest."""
-    checkpoint_every: Annotated[int, 1, math.inf] = 2_000
-    """Environment steps between two checkpoints."""
-    run_dir: str = "runs"
-    """Folder in which the run's own folder is made."""
-    resume: str | None = None
-    """Run folder to continue exactly where its last checkpoint was written."""
-    evaluate: str | None = None
-    """Run folder whose agent to evaluate, without learning; nothing but videos is added to the folder."""
-    capture_video: bool = False
-    """Record the first episode of each evaluation as a GIF in the run folder."""
+    env_id: str = "CartPole-v1"  # Gymnasium id, or module:Name-v0; here: TicTacToe-v0, KInARow-v0
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # for `gym.make`: rows 4
+    total_timesteps: int = 10_000  # environment steps to learn for, rounded up to a multiple of num_envs
+    seed: int = 1  # of every random draw
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks are; auto: a GPU where there is one
+    threads: int = 1  # CPU threads; two runs side by side get more done than one with two threads
+    compile: bool = False  # compile the loss with torch.compile, for GPUs; changes nothing but speed and rounding
+    eval_every: int = 1_000  # environment steps between two evaluations of the greedy policy
+    eval_episodes: int = 5  # episodes of an evaluation
+    checkpoint_every: int = 2_000  # environment steps between two checkpoints
+    run_dir: str = "runs"  # folder in which the run's own folder is made
+    resume: str | None = None  # run folder to continue exactly where its last checkpoint was written
+    evaluate: str | None = None  # run folder whose agent to evaluate, without learning
+    capture_video: bool = False  # record the first episode of each evaluation as a GIF in the run folder
 
-    play: str | None = None
-    """Run folder of a board game, to play against its agent in the terminal; only `device` and `threads` count, too."""
-    eval_env_kwargs: tuple[str, ...] = ()
-    """More options for the environment of evaluations: `--eval-env-kwargs opponent=9`. (Without an opponent a board
-    game is evaluated by self-play, whose return says nothing.)"""
-    atari: bool = False
-    """The usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures."""
+    eval_env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(
+        default_factory=dict
+    )  # more, in evaluations
+    atari: bool = False  # the usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures
+    num_envs: int = 8  # environments side by side: each call of the network serves as many searches
+    gamma: float = 0.99  # discount factor (MuZero, Atari: 0.997); -1 where two players take turns, rewards the mover's
 
-    num_envs: Annotated[int, 1, 10**5] = 8
-    """Environments that are played side by side, so that each call of the network serves as many searches; all of them
-    make a step, then all searches of old positions and all updates that are due are made. (`total_timesteps` is rounded
-    up to a multiple of it.) With more than 8, long episodes are stored in shorter parts."""
-    gamma: Annotated[float, -1, 1] = 0.99
-    """Discount factor (MuZero, Atari: 0.997). -1 where two players take turns: observations are as the one to move sees
-    them, rewards are the mover's; `support` is to be the largest result, `td_steps` the length of a game."""
-    search: Literal["puct", "gumbel"] = "gumbel"
-    """Tree search: MuZero's, which `dirichlet_alpha`, `dirichlet_fraction` and `temperature` belong to, or Gumbel
-    MuZero's, with `max_considered`, which needs fewer simulations."""
-    num_simulations: Annotated[int, 1, 10**5] = 16
-    """Simulations of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)."""
-    max_considered: Annotated[int, 1, 10**5] = 16
-    """gumbel: how many actions of the root are tried (Gumbel MuZero: 16). With 16 simulations and 16 or more actions
-    each of them is tried once, and nothing is halved."""
-    dirichlet_alpha: Annotated[float, 0.03, 10**6] = 0.25
-    """puct: concentration of the noise on the root's priors in self-play (MuZero: 0.25 for Atari, 0.3 for chess, 0.03
-    for Go)."""
-    dirichlet_fraction: Annotated[float, 0, 1] = 0.25
-    """puct: share of that noise (MuZero: 0.25)."""
-    temperature: Annotated[float, 1e-3, 10**3] = 1.0
-    """puct: actions of self-play are drawn from visits ^ (1 / temperature): above 1 they are more random (MuZero begins
-    with 1 and lowers it)."""
-    repeat: Annotated[float, 0, 1] = 0.0
-    """Probability that self-play does once more what it did last, whatever the search says: where single actions change
-    little, independent random ones cancel out (Dabney et al. 2021, "Temporally-extended epsilon-greedy exploration";
-    MuZero: 0)."""
-    min_range: Annotated[float, 0, 1] = 0.05
-    """Lower bound on the range by which the Q of a node are divided, as a share of the range of the values in the
-    replay (0 included). Without it two nearly equal Q become 0 and 1, and the search follows the model's errors; a
-    larger one gives the prior more weight; 0: as in mctx."""
+    search: Literal["puct", "gumbel"] = "gumbel"  # MuZero's tree search; Gumbel MuZero's: fewer simulations
+    num_simulations: int = 16  # of a search (MuZero: 50 for Atari, 800 for board games; Gumbel MuZero: from 2)
+    max_considered: int = 16  # gumbel: how many actions of the root are tried (Gumbel MuZero: 16)
+    dirichlet_alpha: float = 0.25  # puct: concentration of the noise on the root's priors (0.25 for Atari, 0.3 chess)
+    dirichlet_fraction: float = 0.25  # puct: share of that noise in self-play (MuZero: 0.25)
+    temperature: float = 1.0  # puct: self-play draws by visits ^ (1 / temperature) (MuZero begins with 1 and lowers it)
+    repeat: float = 0.0  # probability that self-play repeats its last action, whatever the search says (MuZero: 0)
+    min_range: float = 0.05  # least range to divide the Q of a node by, as a share of that of all values; 0: as in mctx
 
-    learning_starts: Annotated[int, 1, math.inf] = 500
-    """Steps before the first update."""
-    updates_per_step: Annotated[float, 0, 1000] = 0.5
-    """Gradient steps for each environment step."""
-    batch_size: Annotated[int, 1, 10**6] = 256
-    """Positions of an update."""
-    unroll_steps: Annotated[int, 1, 1000] = 5
-    """Steps K that the model is unrolled (MuZero: 5)."""
-    td_steps: Annotated[int, 1, LONGEST_PART] = 50
-    """Steps n of rewards in a value target, before the search's value of the state that follows (MuZero, Atari: 10; at
-    most 200, as no part of an episode in the replay is longer)."""
-    replay_size: Annotated[int, 2, 10**9] = 100_000
-    """Rows of the replay buffer: positions, and of each part of an episode the state after it."""
-    follow: Annotated[float, 0, 1] = 0.5
-    """Cut a value target's n steps before the first action whose probability is below this share of the most probable
-    one's, in the policy that `reanalyze_ratio` keeps up to date: what came of it says little about today's policy; 0:
-    never (MuZero). With `reanalyze_ratio` 0, use 0."""
-    reanalyze_ratio: Annotated[float, 0, 1000] = 40.0
-    """Rows of the replay drawn for each environment step (which itself needs a search) and searched again: the policy
-    and the value that are found with the latest network take the place of the old ones (MuZero Reanalyze). States after
-    the end of an episode are drawn, too, and left alone."""
-    priority_exponent: Annotated[float, 0, 10] = 0.0
-    """Exponent of the priorities |value - value target|, where value is the search's when a position is stored, and the
-    network's when it is trained on it; 0: positions are drawn uniformly (MuZero: 1)."""
-    learning_rate: Annotated[float, 1e-9, 1] = 1e-3
-    """Step size of Adam at the beginning."""
-    decay_steps: Annotated[int, 1, math.inf] = 10_000
-    """Environment steps after which the step size is a tenth; it falls exponentially (MuZero, appendix G), and stays at
-    a hundredth. Set it to about as many steps as learning takes."""
-    weight_decay: Annotated[float, 0, 1] = 1e-4
-    """Factor of half the squared weights in the loss (MuZero: 1e-4)."""
-    max_grad_norm: Annotated[float, 1e-9, math.inf] = 5.0
-    """Longest gradient; a longer one is shortened to it."""
-    value_weight: Annotated[float, 0, 1000] = 1.0
-    """Weight of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)."""
-    consistency_weight: Annotated[float, 0, 1000] = 2.0
-    """Weight of EfficientZero's self-supervised loss: an imagined latent state is to be like that of the observation
-    that came (Ye et al. 2021: 2; they divide all losses by K, here only those of the K unrolled steps are)."""
-    network: Literal["auto", "mlp", "conv"] = "auto"
-    """Fully connected or convolutional; `auto`: convolutional for observations (height, width, channels)."""
-    hidden_size: Annotated[int, 1, 10**5] = 128
-    """Units of the hidden layer of each network."""
-    latent_size: Annotated[int, 2, 10**5] = 64
-    """Numbers in a latent state of a vector."""
-    channels: Annotated[int, 1, 10**4] = 32
-    """Planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)."""
-    support: Annotated[int, 1, 10**4] = 25
-    """Rewards and values, scaled by h, are categorical over -support ... support: up to 640 unscaled for 25; what is
-    larger is clipped. With a negative `gamma` they are not scaled: 1 has the categories lost, drawn, won."""
+    learning_starts: int = 500  # steps before the first update
+    updates_per_step: float = 0.5  # gradient steps for each environment step
+    batch_size: int = 256  # positions of an update
+    unroll_steps: int = 5  # steps K that the model is unrolled (MuZero: 5)
+    td_steps: int = 50  # steps n of rewards in a value target (MuZero, Atari: 10); of games: their length
+    replay_size: int = 100_000  # rows of the replay: positions, and the state after each part of an episode
+    follow: float = 0.5  # targets end before an action less likely than this share of the likeliest's; 0: never
+    reanalyze_ratio: float = 40.0  # rows of the replay searched again for each environment step (MuZero Reanalyze)
+    priority_exponent: float = 0.0  # of the priorities |value - target|; 0: positions are drawn uniformly (MuZero: 1)
+    learning_rate: float = 1e-3  # step size of Adam at the beginning
+    decay_steps: int = 10_000  # steps after which the step size is a tenth; it stays at a hundredth (appendix G)
+    weight_decay: float = 1e-4  # factor of half the squared weights in the loss (MuZero: 1e-4)
+    max_grad_norm: float = 5.0  # longest gradient; a longer one is shortened to it
+    value_weight: float = 1.0  # of the value loss (MuZero: 1, MuZero Reanalyze: 0.25)
+    consistency_weight: float = 2.0  # of EfficientZero's self-supervised loss (Ye et al. 2021: 2)
+
+    network: Literal["auto", "mlp", "conv"] = "auto"  # auto: convolutional for observations (height, width, channels)
+    hidden_size: int = 128  # units of the hidden layer of each network
+    latent_size: int = 64  # numbers in a latent state of a vector
+    channels: int = 32  # planes of a latent state of an image or a board, and of the convolutions (MuZero: 256)
+    support: int = 25  # rewards and values are -support ... support; 25: up to 640, as they are scaled; of games: 1
 
     def __post_init__(self):
-        check_ranges(self)
+        ranges = {int: (1, math.inf), float: (0, 1_000), "seed": (0, math.inf), "td_steps": (1, LONGEST_PART)}
+        ranges |= {"replay_size": (2, math.inf), "latent_size": (2, math.inf), "gamma": (-1, 1), "follow": (0, 1)}
+        ranges |= {"repeat": (0, 1), "min_range": (0, 1), "dirichlet_fraction": (0, 1), "temperature": (1e-3, 1_000)}
+        for name, kind in self.__annotations__.items():
+            low, high = ranges.get(name, ranges.get(kind, (None, None)))
+            if low is not None and not low <= getattr(self, name) <= high:
+                raise Failure(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(self, name)}")
         if -1 < self.gamma < 0:
             raise Failure(f"--gamma must be -1 in self-play, and from 0 on without, not {self.gamma}")
 
 
-# Settings by environment that differ from the defaults. `parse_args` uses them; what the command line says wins.
-# The agent of a game must answer any opponent: its self-play explores widely, by noise, temperature and a large
-# `min_range`, which lets noise count, while `follow` and reanalysis keep the values those of good play. In LunarLander
-# an action changes little beside the range of all values; on Acrobot independent random actions cancel out.
+# Settings by environment that differ from the defaults; what the command line says wins. The agent of a game must
+# answer any opponent: its self-play explores widely, by noise, temperature and a large `min_range`, which lets noise
+# count, while `follow` and reanalysis keep the values those of good play. In LunarLander an action changes little
+# beside the range of all values; on Acrobot independent random actions cancel out.
 BOARD_GAME = {"gamma": -1.0, "support": 1, "num_envs": 32, "consistency_weight": 0.0, "eval_episodes": 20}
 BOARD_GAME |= {"search": "puct", "min_range": 1.0, "num_simulations": 50, "reanalyze_ratio": 16.0}
 BOARD_GAME |= {"dirichlet_alpha": 1.0, "dirichlet_fraction": 0.5, "temperature": 4.0}
@@ -262,317 +158,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     "LunarLander-v3": {"total_timesteps": 100_000, "decay_steps": 100_000, "eval_every": 10_000}
     | {"updates_per_step": 0.25, "reanalyze_ratio": 10.0, "min_range": 0.01},
     "TicTacToe-v0": BOARD_GAME
-    | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "eval_env_kwargs": ("opponent=9",)}
-    | {"td_steps": 9, "network": "mlp", "hidden_size": 256}
-    | {"batch_size": 64, "updates_per_step": 2.0, "learning_rate": 3e-3},
+    | {"total_timesteps": 50_000, "decay_steps": 50_000, "eval_every": 5_000, "td_steps": 9, "network": "mlp"}
+    | {"hidden_size": 256, "batch_size": 64, "updates_per_step": 2.0, "learning_rate": 3e-3},
     "KInARow-v0": BOARD_GAME
-    | {"total_timesteps": 500_000, "decay_steps": 500_000, "eval_every": 20_000, "eval_env_kwargs": ("opponent=4",)}
-    | {"td_steps": 42},
+    | {"total_timesteps": 500_000, "decay_steps": 500_000, "eval_every": 20_000, "td_steps": 42},
 }
 
 
-def check_ranges(args: Any) -> None:
-    """Raises Failure for the first field outside its closed range, which its type says: Annotated[float, low, high]. A
-    NaN is outside of every range."""
-    for name, kind in get_type_hints(type(args), include_extras=True).items():
-        if get_origin(kind) is Annotated:
-            low, high = kind.__metadata__
-            if not low <= (value := getattr(args, name)) <= high:
-                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-                raise Failure(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment
-# ---------------------------------------------------------------------------------------------------------------------
-def wrap(env: gym.Env, args: Args) -> gym.Env:
-    """The environment with what `--atari` puts around it."""
-    if not args.atari:
-        return env
-    env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.moveaxis(obs, 0, -1), space)
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    """`gym.make` with the options of `args.env_kwargs`; raises Failure where the environment cannot be made."""
-
-    def literal(text: str) -> Any:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
-
-    if wrong := [option for option in args.env_kwargs if "=" not in option]:
-        raise Failure(f"--env-kwargs takes name=value, not {wrong[0]}")
-    try:
-        kwargs: dict[str, Any] = {"frameskip": 1, "max_episode_steps": 108_000} if args.atari else {}  # frames
-        kwargs |= {name: literal(value) for name, value in (option.split("=", 1) for option in args.env_kwargs)}
-        drawing = {"render_mode": render_mode} if render_mode else {}  # not every environment has this option
-        env = wrap(gym.make(args.env_id, **drawing, **kwargs), args)
-        if render_mode:  # where a package for drawing is missing, it fails now and not after the training
-            env.reset(seed=0)
-            env.render()
-        return env
-    except Exception as error:
-        unknown = isinstance(error, gym.error.UnregisteredEnv)
-        hint = "; an environment of another package is named module:Name-v0" if unknown else ""
-        raise Failure(f"cannot make the environment {args.env_id}: {error}{hint}") from error
-
-
-def check_observation(obs: Any, space: gym.Space) -> None:
-    """Raises ValueError for an observation that is not of the space; values beyond a Box's bounds pass, up to
-    where single precision cannot hold their squares."""
-    if isinstance(space, gym.spaces.Discrete) and not space.contains(obs):
-        raise ValueError(f"observation {obs!r} is not in {space}")
-    array = np.asarray(obs)
-    fits = array.shape == space.shape and np.can_cast(array.dtype, space.dtype, "same_kind")
-    if not fits or not (np.abs(array.astype(float)) < 1e15).all():  # NaN is not, either
-        wanted = f"an array of shape {space.shape} and type {space.dtype}, of numbers below 1e15"
-        raise ValueError(f"observation {obs!r} is not {wanted}")
-
-
-def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
-    """Raises Failure for spaces that this script does not handle."""
-    box = isinstance(observation_space, gym.spaces.Box) and (
-        len(observation_space.shape) == 3 or math.prod(observation_space.shape) <= 1_000
-    )
-    if not box and not isinstance(observation_space, gym.spaces.Discrete):
-        raise Failure(
-            "observations must be Discrete, an image (height, width, channels) or a Box of up to 1,000 numbers, not "
-            f"{observation_space}; Dict: dreamer.py; Tuple: dyna_q.py"
-        )
-    if not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"actions must be Discrete, not {action_space}; a bounded Box: cem_mpc.py, mbpo.py, dreamer.py")
-    if too_many := [space for space in (observation_space, action_space) if getattr(space, "n", 0) > 10_000]:
-        raise Failure(f"{too_many[0]} has more than 10,000 elements")
-
-
-def memory_of(env: gym.Env) -> dict:
-    """What an environment remembers across its episodes (a wall that moves at step 1000); most remember nothing."""
-    memory = copy.deepcopy(env.unwrapped.state_dict()) if hasattr(env.unwrapped, "load_state_dict") else {}
-    try:
-        json.dumps(memory)
-    except TypeError as error:  # a checkpoint could not hold it
-        raise Failure(f"state_dict() of the environment: {error}; plain numbers, strings, lists and dicts") from error
-    return memory
-
-
-def seed_of(*key: int) -> int:
-    """A seed of one purpose, from the run's seed, the purpose's number, and what tells its draws apart (the episode's
-    number); different purposes are independent. (Zeros at the end of a key do not count.)
-
-    The purposes: 0 the agent, 1 training episodes, 2 evaluation episodes, 3 acting in evaluation.
-    """
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
-
-
-class Episode:
-    """Runs an environment episode after episode, and can come back to the middle of one.
-
-    Every episode is reset with a seed of its own, so that a restored one is brought back by repeating its actions: this
-    holds for any environment that is deterministic given its seed, and nothing of it needs to be stored. One that
-    remembers something across episodes offers it, in plain values, as `state_dict()` and `load_state_dict()`.
-    """
-
-    def __init__(self, env: gym.Env, *key: int):
-        self.env, self.key, self.index = env, key, -1
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts the next episode: `obs` and `info` are its first."""
-        self.index += 1
-        self.memory = memory_of(self.env)
-        self.actions: list[Any] = []
-        self.episodic_return = 0.0
-        try:
-            obs, self.info = self.env.reset(seed=seed_of(*self.key, self.index))
-            self.take(obs)
-        except Exception as error:
-            raise Failure(f"reset of episode {self.index}: {type(error).__name__}: {error}") from error
-
-    def take(self, obs: Any) -> None:
-        """Checks an observation and keeps a copy, as some environments write the next one into the same array."""
-        check_observation(obs, self.env.observation_space)
-        self.obs = copy.deepcopy(obs)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
-        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
-        try:
-            obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
-            self.take(obs)
-            if not abs(reward) < 1e15:
-                raise ValueError(f"reward is {reward}, not a number below 1e15")
-        except Exception as error:
-            where = f"step {len(self.actions) + 1} of episode {self.index}"
-            raise Failure(f"{where}: {type(error).__name__}: {error}") from error
-        self.actions.append(action)
-        self.episodic_return += float(reward)
-        return self.obs, float(reward), bool(terminated), bool(truncated)
-
-    def state_dict(self) -> dict:
-        actions = [action if isinstance(action, int) else np.asarray(action).tolist() for action in self.actions]
-        return {"index": self.index, "memory": self.memory, "actions": actions}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["memory"]:
-            self.env.unwrapped.load_state_dict(state["memory"])
-        self.index = state["index"] - 1
-        self.reset()
-        for action in state["actions"]:
-            self.step(action if isinstance(action, int) else np.array(action, self.env.action_space.dtype))
-
-
-class KInARow(gym.Env):
-    """Two players take turns to put a stone on a board; who first has `k` in a row, in any direction, has won.
-
-    Observation, float32 (rows, columns, 2): the stones of the player whose turn it is, and the other's. Action: a
-    field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it,
-    for the move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else: ValueError.
-
-    With `opponent` None, the actions of both players are asked for in turn. A number: the other player is a part of
-    the environment, looks so many moves ahead (0: random moves; as many as there are fields: perfect play, for which a
-    board has to be as small as 3 x 3), begins every second episode on average, and a loss has reward -1.
-    """
-
-    metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
-    foreseen: ClassVar[dict[tuple, Callable]] = {}  # what opponents found out, for all boards of the same kind
-
-    def __init__(
-        self,
-        rows: int = 3,
-        columns: int = 3,
-        k: int = 3,
-        gravity: bool = False,
-        opponent: int | None = None,
-        render_mode: str | None = None,
-    ):
-        if opponent is not None and (opponent != int(opponent) or opponent < 0):
-            raise ValueError(f"opponent must be a number of moves, not {opponent}")
-        self.rows, self.columns, self.gravity = rows, columns, gravity
-        self.opponent, self.render_mode = opponent, render_mode
-        self.observation_space = gym.spaces.Box(0.0, 1.0, (rows, columns, 2), np.float32)
-        self.action_space = gym.spaces.Discrete(columns if gravity else rows * columns)
-        # The stones of a player are the bits of a number, and a row of k is such a number too.
-        self.lines: list[list[int]] = [[] for _ in range(rows * columns)]
-        for row, column, (down, right) in itertools.product(
-            range(rows), range(columns), ((0, 1), (1, 0), (1, 1), (1, -1))
-        ):
-            if row + (k - 1) * down < rows and 0 <= column + (k - 1) * right < columns:
-                fields = [(row + index * down) * columns + column + index * right for index in range(k)]
-                for field in fields:
-                    self.lines[field].append(sum(1 << other for other in fields))
-        memory = lru_cache(maxsize=2**18)(self.look)
-        self.remembered = self.foreseen.setdefault((rows, columns, k, gravity), memory)
-
-    def field(self, taken: int, action: int) -> int | None:
-        """Where the stone of an action comes to lie; None: it is not allowed."""
-        fields = range((self.rows - 1) * self.columns + action, -1, -self.columns) if self.gravity else [action]
-        return next((field for field in fields if not taken >> field & 1), None)
-
-    def moves(self, own: int, other: int) -> Iterator[tuple[int, int, bool]]:
-        """The actions that are allowed, the stones that the player then has, and whether that wins."""
-        for action in range(int(self.action_space.n)):
-            if (field := self.field(own | other, action)) is not None:
-                after = own | 1 << field
-                yield action, after, any(after & line == line for line in self.lines[field])
-
-    def foresee(self, own: int, other: int, plies: int) -> float:
-        """What the player to move gets at best within so many moves; 0 where that is open. Soon is better than late."""
-        return self.remembered(own, other, plies) if plies else 0.0
-
-    def look(self, own: int, other: int, plies: int) -> float:
-        """`foresee`, for the first time."""
-        moves = self.moves(own, other)
-        values = (1.0 if won else -0.99 * self.foresee(other, after, plies - 1) for _, after, won in moves)
-        return max(values, default=0.0)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.own, self.other, self.turns = 0, 0, 0
-        if self.opponent is not None and self.np_random.random() < 0.5:
-            self.reply()
-        return self.observation()
-
-    def observation(self) -> tuple[np.ndarray, dict]:
-        """The board as the player to move sees it, and what is allowed."""
-        stones = [(self.own >> field & 1, self.other >> field & 1) for field in range(self.rows * self.columns)]
-        mask = np.zeros(self.action_space.n, np.int8)
-        mask[[action for action, _, _ in self.moves(self.own, self.other)]] = 1
-        return np.array(stones, np.float32).reshape(self.observation_space.shape), {"action_mask": mask}
-
-    def put(self, action: int) -> tuple[float, bool]:
-        """The move of the player whose turn it is, then it is the other's: reward and end."""
-        moves = {move: (after, won) for move, after, won in self.moves(self.own, self.other)}
-        if action not in moves:
-            raise ValueError(f"move {action} is not allowed")
-        after, won = moves[action]
-        self.own, self.other, self.turns = self.other, after, self.turns + 1
-        return float(won), won or self.turns == self.rows * self.columns
-
-    def reply(self) -> tuple[float, bool]:
-        """The opponent's move: one of the best that it foresees."""
-        values = {
-            action: 0.0 if not self.opponent else 1.0 if won else -self.foresee(self.other, after, self.opponent - 1)
-            for action, after, won in self.moves(self.own, self.other)
-        }
-        best = [action for action, value in values.items() if value == max(values.values())]
-        return self.put(best[self.np_random.integers(len(best))])
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        reward, terminated = self.put(int(action))
-        if self.opponent is not None and not terminated:
-            lost, terminated = self.reply()
-            reward -= lost
-        obs, info = self.observation()
-        return obs, reward, terminated, False, info
-
-    def render(self) -> str | np.ndarray | None:
-        """The board, X for who began: text, or pixels (48 * rows, 48 * columns, 3)."""
-        kind = self.observation()[0].astype(int) @ ([1, 2] if self.turns % 2 == 0 else [2, 1])
-        if self.render_mode == "ansi":
-            return "\n".join(" ".join(".XO"[i] for i in row) for row in kind)
-        if self.render_mode == "rgb_array":
-            palette = np.array([(240, 240, 240), (200, 60, 40), (60, 90, 200)], np.uint8)
-            pixels = palette[kind].repeat(48, axis=0).repeat(48, axis=1)
-            pixels[::48], pixels[:, ::48] = 90, 90
-            return pixels
-
-
-for _name, _kwargs in (("TicTacToe-v0", {}), ("KInARow-v0", {"rows": 6, "columns": 7, "k": 4, "gravity": True})):
-    if _name not in gym.registry:
-        gym.register(_name, entry_point=KInARow, kwargs=_kwargs)
-
-
-Array = np.ndarray
-# What a search asks of the model: (latent (B, ...), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
-Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
 # The network is written in what PyTorch and NumPy have in common: it is trained as tensors and searched, on a CPU, as
 # arrays that share their memory, because for a few rows at a time calls of NumPy cost half of those of PyTorch.
-Numbers = Tensor | Array
-Parameters = Mapping[str, Numbers]
+Array, TensorOrArray = np.ndarray, Tensor | np.ndarray
+Parameters = Mapping[str, TensorOrArray]
+HEADS = ("reward", "value", "policy")  # in the order of `predict`
 
 
-def library(x: Numbers) -> ModuleType:
+def library(x: TensorOrArray) -> Any:
     return torch if isinstance(x, Tensor) else np
 
 
-def scale(x: Numbers) -> Numbers:
+def scale(x: TensorOrArray) -> TensorOrArray:
     """h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x, which keeps targets small (MuZero, appendix F)."""
     return library(x).sign(x) * (library(x).sqrt(abs(x) + 1) - 1) + 0.001 * x
 
 
-def unscale(y: Numbers) -> Numbers:
+def unscale(y: TensorOrArray) -> TensorOrArray:
     """The inverse of h."""
     return library(y).sign(y) * (((library(y).sqrt(1 + 0.004 * (abs(y) + 1 + 0.001)) - 1) / 0.002) ** 2 - 1)
 
 
-def softmax(logits: Numbers) -> Numbers:
+def softmax(logits: TensorOrArray) -> TensorOrArray:
     exp = library(logits).exp(logits - library(logits).amax(logits, -1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
 
@@ -584,39 +198,23 @@ def two_hot(x: Tensor, support: int, scaled: bool = True) -> Tensor:
     return (1 - (x[..., None] - bins).abs()).clamp(min=0)
 
 
-def expectation(logits: Numbers, scaled: bool = True) -> Numbers:
+def expectation(logits: TensorOrArray, scaled: bool = True) -> TensorOrArray:
     """(..., 2 * support + 1) -> (...): the inverse of `two_hot`, of logits."""
     bins = np.arange(logits.shape[-1], dtype=np.float32) - logits.shape[-1] // 2
     mean = softmax(logits) @ (torch.from_numpy(bins).to(logits) if isinstance(logits, Tensor) else bins)
     return unscale(mean) if scaled else mean
 
 
-HEADS = ("reward", "value", "policy")  # in the order of `predict`; `Agent.heads`: reward, policy, value
-
-
-class Net(NamedTuple):
-    """The functions of a network, of which the parameters are the first argument."""
-
-    represent: Callable[..., Numbers]  # observations (B, ...) -> latents (B, ...)
-    dynamics: Callable[..., Numbers]  # latents, actions (B,) -> the next latents
-    predict: Callable[..., list[Numbers]]  # latents -> logits of the reward that led there, the value and the policy
-    two_players: bool  # a zero-sum game: values are categories from -support to support, not scaled by h
-
-
-def make_network(
-    obs_shape: tuple[int, ...], num_actions: int, args: Args, generator: torch.Generator
-) -> tuple[Net, nn.ParameterDict]:
-    """A network for vectors (size,) or for images and boards (height, width, channels), with PyTorch's initial values
-    drawn from our own generator."""
-    hidden, bins, channels, two_players = args.hidden_size, 2 * args.support + 1, args.channels, args.gamma < 0
+def make_network(obs_shape: tuple, num_actions: int, args: Args, generator: torch.Generator) -> nn.ParameterDict:
+    """The weights of a network for vectors (size,), or for images and boards (height, width, channels), with PyTorch's
+    initial values drawn from our own generator."""
+    hidden, bins, channels = args.hidden_size, 2 * args.support + 1, args.channels
     shapes: dict[str, tuple[int, ...]] = {}
     if len(obs_shape) == 1:
-        net = Net(represent, partial(dynamics, turns=two_players), predict, two_players)
         latent = features = args.latent_size  # numbers of a latent state, and of what a head gets
         shapes |= {"represent": (obs_shape[0], hidden), "latent": (hidden, latent)}
         shapes |= {"step": (latent + num_actions, hidden), "next_latent": (hidden, latent)}
     else:
-        net = Net(represent_image, dynamics_image, predict_image, two_players)
         (height, width, planes), square = obs_shape, (channels, channels, 3, 3)
         while min(height, width) > 12:
             shapes[f"halve_{len(shapes)}"] = (channels, planes, 3, 3)
@@ -641,48 +239,26 @@ def make_network(
         parameters[f"{name}_bias"] = uniform(1 / math.sqrt(fan_in), fan_out)
     if len(obs_shape) == 3:  # what an action adds, at every place
         parameters["step_action"] = uniform(1, num_actions, channels, height, width)
-    return net, parameters
+    return parameters
 
 
-def dense(parameters: Parameters, name: str, x: Numbers) -> Numbers:
+def dense(parameters: Parameters, name: str, x: TensorOrArray) -> TensorOrArray:
     return x @ parameters[f"{name}_weight"] + parameters[f"{name}_bias"]
 
 
-def relu(x: Numbers) -> Numbers:
+def relu(x: TensorOrArray) -> TensorOrArray:
     return F.relu(x) if isinstance(x, Tensor) else np.maximum(x, 0)
 
 
-def two_layers(parameters: Parameters, hidden: str, output: str, x: Numbers) -> Numbers:
+def two_layers(parameters: Parameters, hidden: str, output: str, x: TensorOrArray) -> TensorOrArray:
     return dense(parameters, output, relu(dense(parameters, hidden, x)))
 
 
-def bounded(latent: Numbers) -> Numbers:
+def bounded(latent: TensorOrArray) -> TensorOrArray:
     """Each latent state (B, ...) to [0, 1] by its smallest and largest number (MuZero, appendix G)."""
     axes = tuple(range(1, latent.ndim))
     low, high = library(latent).amin(latent, axes, keepdims=True), library(latent).amax(latent, axes, keepdims=True)
     return (latent - low) / library(latent).clip(high - low, 1e-5, None)
-
-
-def represent(parameters: Parameters, obs: Numbers) -> Numbers:
-    """obs (B, obs_size) -> latent (B, L)."""
-    return bounded(two_layers(parameters, "represent", "latent", obs))
-
-
-def dynamics(parameters: Parameters, latent: Numbers, action: Numbers, turns: bool = False) -> Numbers:
-    """latent (B, L), action (B,) -> the next latent (B, L), L = `latent_size`; `turns`: as the other player sees
-    it."""
-    # The rows of the weights behind the latent's are what a one-hot action selects.
-    weight, size = parameters["step_weight"], latent.shape[-1]
-    hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
-    change = dense(parameters, "next_latent", hidden)
-    # Most steps change little; but with two players the point of view changes, too. (`dynamics_image` never adds.)
-    return bounded(change if turns else latent + change)
-
-
-def predict(parameters: Parameters, latent: Numbers) -> list[Numbers]:
-    """latent (B, L) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
-    (B, A)."""
-    return [two_layers(parameters, f"{name}_hidden", name, latent) for name in HEADS]
 
 
 def convolve(parameters: Parameters, name: str, x: Tensor, stride: int = 1) -> Tensor:
@@ -696,55 +272,61 @@ def residual(parameters: Parameters, name: str, x: Tensor) -> Tensor:
     return F.relu(x + convolve(parameters, f"{name}_2", F.relu(convolve(parameters, f"{name}_1", x))))
 
 
-def represent_image(parameters: Parameters, obs: Tensor) -> Tensor:
-    """obs (B, height, width, planes) -> latent (B, channels, h, w), the smaller one of h and w not above 12."""
-    x = obs.permute(0, 3, 1, 2)
-    index = 0
+def represent(parameters: Parameters, obs: TensorOrArray) -> TensorOrArray:
+    """obs (B, size) -> latent (B, L); or (B, height, width, planes) -> (B, channels, h, w), the smaller one of h and w
+    not above 12."""
+    if obs.ndim == 2:
+        return bounded(two_layers(parameters, "represent", "latent", obs))
+    x, index = obs.permute(0, 3, 1, 2), 0
     while f"halve_{index}_weight" in parameters:
         x = F.relu(convolve(parameters, f"halve_{index}", x, stride=2))
         index += 1
     return bounded(residual(parameters, "latent", F.relu(convolve(parameters, "represent", x))))
 
 
-def dynamics_image(parameters: Parameters, latent: Tensor, action: Tensor) -> Tensor:
-    """latent (B, channels, h, w), action (B,) -> the next latent."""
-    hidden = F.relu(convolve(parameters, "step", latent) + parameters["step_action"][action])
-    return bounded(residual(parameters, "next_latent", hidden))
+def dynamics(parameters: Parameters, latent: TensorOrArray, action: TensorOrArray, turns: bool) -> TensorOrArray:
+    """latent (B, ...), action (B,) -> the next latent (B, ...), with `turns` as the other player sees it."""
+    if latent.ndim > 2:
+        hidden = F.relu(convolve(parameters, "step", latent) + parameters["step_action"][action])
+        return bounded(residual(parameters, "next_latent", hidden))
+    # The rows of the weights behind the latent's are what a one-hot action selects.
+    weight, size = parameters["step_weight"], latent.shape[-1]
+    hidden = relu(latent @ weight[:size] + weight[size:][action] + parameters["step_bias"])
+    change = dense(parameters, "next_latent", hidden)
+    return bounded(change if turns else latent + change)  # most steps change little, but a point of view turns
 
 
-def predict_image(parameters: Parameters, latent: Tensor) -> list[Tensor]:
-    """As `predict`, each head from four planes of its own."""
-    planes = [F.relu(convolve(parameters, f"{name}_planes", latent)).flatten(1) for name in HEADS]
-    return [two_layers(parameters, f"{name}_hidden", name, x) for name, x in zip(HEADS, planes, strict=True)]
+def predict(parameters: Parameters, latent: TensorOrArray) -> list[TensorOrArray]:
+    """latent (B, ...) -> logits of the reward that led to it and of its value (B, 2 * support + 1), and of the policy
+    (B, A); of a latent image each from four planes of its own."""
+    inputs = [latent] * 3
+    if latent.ndim > 2:
+        inputs = [F.relu(convolve(parameters, f"{name}_planes", latent)).flatten(1) for name in HEADS]
+    return [two_layers(parameters, f"{name}_hidden", name, x) for name, x in zip(HEADS, inputs, strict=True)]
 
 
 def inconsistency(parameters: Parameters, imagined: Tensor, real: Tensor) -> Tensor:
     """(N, ...), (N, ...) -> (N,): minus the cosine between the projection of a real latent state, which gets no
-    gradient, and what is predicted of it from an imagined one (EfficientZero, section 4.1; Chen & He 2021, SimSiam,
-    without its batch normalisation)."""
+    gradient, and what is predicted of it from an imagined one (EfficientZero, section 4.1; no batch normalisation)."""
     ours, theirs = (two_layers(parameters, "project", "projection", latent.flatten(1)) for latent in (imagined, real))
     predicted = two_layers(parameters, "predictor_hidden", "predictor", ours)
     return -F.cosine_similarity(predicted, theirs.detach(), dim=1)
 
 
-def unrolled_loss(
-    net: Net, parameters: Parameters, batch: dict[str, Tensor], value_weight: float, consistency_weight: float = 0.0
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def unrolled_loss(parameters: Parameters, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, Tensor, dict]:
     """MuZero, equation 1, without the weight decay. `batch`: obs (B, ...); action and reward (B, K); value and policy
     (B, K + 1, ...); acting (B, K + 1): 1 where an action was taken, 0 from the last state on, which masks policy and
     consistency; known (B, K + 1): the same, and also 1 after a termination, which masks value and reward; weight (B,);
     with a `consistency_weight` also the observations that came, next_obs (B, K, ...). Returns the loss, the first value
-    predictions (B,), and the mean losses of each step, where it counts: (K + 1,), of rewards and consistency (K,).
-
-    Step 0 has weight 1, steps 1 to K have 1 / K each; the gradient is halved where a latent state enters the dynamics
-    (MuZero, appendix G).
-    """
+    predictions (B,), and of each part of the loss the mean of where it counts. Step 0 has weight 1, steps 1 to K have
+    1 / K each; the gradient is halved where a latent state enters the dynamics (appendix G)."""
     count, steps = batch["action"].shape
-    latents = [net.represent(parameters, batch["obs"])]
+    latents = [represent(parameters, batch["obs"])]
     for index in range(steps):
         latent = latents[-1]
-        latents.append(net.dynamics(parameters, 0.5 * latent + 0.5 * latent.detach(), batch["action"][:, index]))
-    logits = net.predict(parameters, torch.stack(latents, dim=1).flatten(0, 1))
+        halved = 0.5 * latent + 0.5 * latent.detach()
+        latents.append(dynamics(parameters, halved, batch["action"][:, index], args.gamma < 0))
+    logits = predict(parameters, torch.stack(latents, dim=1).flatten(0, 1))
     reward_logits, value_logits, policy_logits = (part.view(count, steps + 1, -1) for part in logits)
     share = torch.full((1, steps + 1), 1 / steps, device=value_logits.device)
     share[:, 0] = 1.0
@@ -752,38 +334,34 @@ def unrolled_loss(
     def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         return -(target * logits.log_softmax(-1)).sum(-1)
 
-    support, scaled = value_logits.shape[-1] // 2, not net.two_players
+    support, scaled = args.support, args.gamma >= 0
     known, acting = batch["known"], batch["acting"]
     value = cross_entropy(value_logits, two_hot(batch["value"], support, scaled)) * known
     policy = cross_entropy(policy_logits, batch["policy"]) * acting
     reward = cross_entropy(reward_logits[:, 1:], two_hot(batch["reward"], support, scaled)) * known[:, :-1]
-    total = ((value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
-    logs = {"value_loss": (value, known), "policy_loss": (policy, acting), "reward_loss": (reward, known[:, :-1])}
-    if consistency_weight:
+    total = ((args.value_weight * value + policy) * share).sum(1) + (reward * share[:, 1:]).sum(1)
+    parts = {"value_loss": (value, known), "policy_loss": (policy, acting), "reward_loss": (reward, known[:, :-1])}
+    if args.consistency_weight:
         imagined = torch.stack(latents[1:], dim=1).flatten(0, 1)
         with torch.no_grad():
-            real = net.represent(parameters, batch["next_obs"].flatten(0, 1))
+            real = represent(parameters, batch["next_obs"].flatten(0, 1))
         distance = inconsistency(parameters, imagined, real).view(count, steps) * acting[:, :-1]
-        total = total + consistency_weight * (distance * share[:, 1:]).sum(1)
-        logs["consistency_loss"] = distance, acting[:, :-1]
-    return (
-        (batch["weight"] * total).mean(),
-        expectation(value_logits[:, 0], scaled).detach(),
-        {name: loss.detach().sum(0) / mask.sum(0).clamp(min=1) for name, (loss, mask) in logs.items()},
-    )
+        total = total + args.consistency_weight * (distance * share[:, 1:]).sum(1)
+        parts["consistency_loss"] = distance, acting[:, :-1]
+    logs = {name: loss.detach().sum() / mask.sum().clamp(min=1) for name, (loss, mask) in parts.items()}
+    return (batch["weight"] * total).mean(), expectation(value_logits[:, 0], scaled).detach(), logs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffer
-# ---------------------------------------------------------------------------------------------------------------------
+LONGEST_PART = 200  # steps; longer episodes are stored in several parts
+LONGEST_WAIT = 1_600  # steps, of all environments together, in which each stores a part
+
+
 class Replay:
     """Positions of the latest episodes in a ring. An episode, or a part of one, is T rows for its steps and one for the
     state after them; an old one is overwritten from its first row on: what follows a row is there as long as it is."""
 
-    def __init__(
-        self, obs_shape: tuple[int, ...], obs_dtype: Any, num_actions: int, capacity: int, follow: float = 0.0
-    ):
-        self.added, self.follow = 0, follow
+    def __init__(self, obs_shape: tuple, obs_dtype: Any, num_actions: int, args: Args):
+        self.added, self.args, capacity = 0, args, args.replay_size
         self.columns = {
             "obs": np.zeros((capacity, *obs_shape), obs_dtype),
             "action": np.zeros(capacity, np.int64),
@@ -799,36 +377,34 @@ class Replay:
 
     @property
     def used(self) -> int:
-        """Rows that are filled."""
-        return min(self.added, len(self.columns["obs"]))
+        return min(self.added, self.args.replay_size)
 
     def add(self, columns: dict[str, Array]) -> Array:
         """Appends rows, not more than the capacity; returns where they are."""
-        count, capacity = len(columns["obs"]), len(self.columns["obs"])
-        rows = (self.added + np.arange(count)) % capacity
+        rows = (self.added + np.arange(len(columns["obs"]))) % self.args.replay_size
         for name, values in columns.items():
             self.columns[name][rows] = values
         self.mark_followed(rows)
-        self.added += count
+        self.added += len(rows)
         return rows
 
     def mark_followed(self, rows: Array) -> None:
         """Notes whether the policies of rows, which have changed, take the actions that were taken there."""
         policy, action = self.columns["policy"][rows], self.columns["action"][rows]
         taken = np.take_along_axis(policy, action[:, None], axis=1)[:, 0]
-        self.columns["followed"][rows] = taken >= self.follow * policy.max(1)
+        self.columns["followed"][rows] = taken >= self.args.follow * policy.max(1)
 
     def onwards(self, rows: Array, count: int) -> Array:
         """(R,) -> (R, count): each row and what follows it; behind the last one of an episode, that one again."""
         offset = np.minimum(np.arange(count), self.columns["left"][rows][:, None])
         return (rows[:, None] + offset) % len(self.columns["left"])
 
-    def n_step_returns(self, rows: Array, n: int, gamma: float, follow: bool = True) -> Array:
+    def n_step_returns(self, rows: Array, follow: bool = True) -> Array:
         """(R,): sum of gamma^i r_{t+i} over i < n, plus gamma^n v_{t+n} with the search's v; where fewer than n steps
-        are left, v is that of the last state: as stored after a termination, after a truncation the network's, until
-        the state is searched. With `follow`, n ends before the first action that today's policy would not take: where
-        that is the first of all, the target is the search's own value."""
-        columns, index, discounts = self.columns, self.onwards(rows, n), float(gamma) ** np.arange(n + 1)
+        are left, v is that of the last state. With `follow`, n ends before the first action that today's policy would
+        not take: where that is the first of all, the target is the search's own value."""
+        columns, n = self.columns, self.args.td_steps
+        index, discounts = self.onwards(rows, n), float(self.args.gamma) ** np.arange(n + 1)
         used = np.arange(n) < columns["left"][rows][:, None]  # (R, n): which rewards
         if follow:
             used = np.logical_and.accumulate(used & columns["followed"][index], axis=1)
@@ -836,22 +412,19 @@ class Replay:
         rewards = np.where(used, columns["reward"][index], 0) @ discounts[:n]
         return rewards + discounts[ahead] * columns["value"][(rows + ahead) % len(columns["value"])]
 
-    def sample(
-        self, count: int, steps: int, n: int, gamma: float, rng: np.random.Generator, next_obs: bool = False
-    ) -> tuple[Array, dict[str, Array]]:
+    def sample(self, rng: np.random.Generator) -> tuple[Array, dict[str, Array]]:
         """Rows drawn by priority, and what `unrolled_loss` wants of them."""
-        columns, priority = self.columns, self.columns["priority"]
+        columns, priority, steps = self.columns, self.columns["priority"], self.args.unroll_steps
         cumulated = priority.cumsum()
-        rows = cumulated.searchsorted(rng.random(count) * cumulated[-1], side="right")
+        rows = cumulated.searchsorted(rng.random(self.args.batch_size) * cumulated[-1], side="right")
         weight = 1 / (np.count_nonzero(priority) * (priority[rows] / cumulated[-1]))  # 1 / (N P(i)): MuZero, appendix G
-
         index = self.onwards(rows, steps + 1)  # (B, K + 1)
         offset, left = np.arange(steps + 1), columns["left"][rows][:, None]
         acting = offset < left
         known = acting | columns["terminated"][rows][:, None]
         # Two players: after the end, too, the turn would change with each step, and with it the sign of the value.
         beyond = np.maximum(offset - left, 0)  # steps
-        value = self.n_step_returns(index.reshape(-1), n, gamma).reshape(index.shape) * np.sign(gamma) ** beyond
+        value = self.n_step_returns(index.reshape(-1)).reshape(index.shape) * np.sign(self.args.gamma) ** beyond
         action = np.where(acting, columns["action"][index], rng.integers(columns["policy"].shape[1], size=index.shape))
         batch = {
             "obs": columns["obs"][rows],
@@ -863,7 +436,7 @@ class Replay:
             "acting": acting.astype(np.float32),
             "weight": (weight / weight.max()).astype(np.float32),
         }
-        if next_obs:
+        if self.args.consistency_weight:
             batch["next_obs"] = columns["obs"][index[:, 1:]]
         return rows, batch
 
@@ -873,8 +446,7 @@ class Replay:
         return rows[(self.columns["left"][rows] > 0) | ~self.columns["terminated"][rows]]
 
     def state_dict(self) -> dict:
-        filled = {name: torch.from_numpy(column[: self.used]) for name, column in self.columns.items()}
-        return {"added": self.added} | filled
+        return {"added": self.added} | {name: torch.from_numpy(x[: self.used]) for name, x in self.columns.items()}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = state["added"]
@@ -882,23 +454,25 @@ class Replay:
             column[: len(state[name])] = state[name].numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planner
-# ---------------------------------------------------------------------------------------------------------------------
+# What a search asks of the model: (latent (B, ...), action (B,)) -> latent, reward (B,), logits (B, A), value (B,).
+Recurrent = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
+
+
 class Tree:
     """B search trees of up to N + 1 nodes, in flat arrays: node n of tree b is row b * (N + 1) + n, its root n = 0.
 
     What belongs to an action of a node, an edge, is in arrays (B * (N + 1), A), of which `edge = row * A + action` is
     the flat index. A node's value is the mean of what came back through it, its own prediction included; the value
     of an edge, Q, is its reward plus the discounted value of the node behind it. The roots: latent (B, ...), logits
-    (B, A), the network's value (B,), legal (B, A) bool.
+    (B, A), the network's value (B,); legal (B, A) holds for them only: below, the prior has learned to avoid the rest.
     """
 
     def __init__(
-        self, latent: Array, logits: Array, value: Array, legal: Array, num_simulations: int, min_range: float = 0.0
+        self, latent: Array, logits: Array, value: Array, legal: Array, discount: float, simulations: int, min_range=0.0
     ):
-        (batch, self.num_actions), width = logits.shape, num_simulations + 1
-        self.min_range = max(min_range, 1e-8)  # by what at least Q is divided in `rescale`
+        (batch, self.num_actions), width = logits.shape, simulations + 1
+        self.legal, self.discount, self.num_simulations = legal, discount, simulations
+        self.min_range = max(min_range, 1e-8)  # by what at least differences of Q are divided
         self.roots, rows = np.arange(batch) * width, batch * width
         edges = rows, self.num_actions
         self.latent = np.empty((rows, *latent.shape[1:]), latent.dtype)
@@ -930,39 +504,29 @@ class Tree:
             walking, node = walking[inside], behind[inside]
         return leaf_edge, path
 
-    def back_up(self, path: list[tuple[Array, Array, Array]], leaf_value: Array, discount: float) -> Array:
+    def back_up(self, path: list[tuple[Array, Array, Array]], leaf_value: Array) -> Array:
         """Takes the values of new leaves (B,) up their paths; returns the rows that it changed."""
         returned, levels = leaf_value.astype(np.float32), []  # what comes back to each tree's node of a level
         for walking, _, edge in reversed(path):
-            returned[walking] = back = self.reward.take(edge) + discount * returned.take(walking)
+            returned[walking] = back = self.reward.take(edge) + self.discount * returned.take(walking)
             levels.append(back)
         _, nodes, edges = (np.concatenate(parts) for parts in zip(*path, strict=True))
         count, back = self.visits.take(nodes), np.concatenate(levels[::-1])
         self.value[nodes] = (self.value.take(nodes) * count + back) / (count + 1)
         self.visits[nodes] = count + 1
         self.edge_visits.reshape(-1)[edges] += 1
-        self.q.reshape(-1)[edges] = self.reward.take(edges) + discount * self.value.take(self.child.take(edges))
+        self.q.reshape(-1)[edges] = self.reward.take(edges) + self.discount * self.value.take(self.child.take(edges))
         return nodes
 
 
-def search(
-    recurrent: Recurrent,
-    tree: Tree,
-    discount: float,
-    num_simulations: int,
-    select: Callable[[Array], Array],
-    select_root: Callable[[], Array] | None = None,
-) -> None:
+def search(recurrent: Recurrent, tree: Tree, select: Callable, select_root: Callable | None = None) -> None:
     """Grows all trees at once: each simulation walks to a leaf, expands it, and takes its value back to the root; the
-    network is called once for the leaves of all trees.
-
-    `select`: rows (R,) -> the actions (R,) to walk on by; `select_root`: the same for the roots, where it differs. What
-    a node selects changes only when something comes back through it, so it is computed then, for all nodes of a path at
-    once, and a step down is but a look into a table.
-    """
+    network is called once for the leaves of all trees. `select`: rows (R,) -> the actions (R,) to walk on by;
+    `select_root`: () -> those of the roots, where they differ. What a node selects changes only when something comes
+    back through it, so it is computed then, for all nodes of a path at once, and a step down is a look into a table."""
     selected = np.zeros(len(tree.value), np.int64)
     selected[tree.roots] = select(tree.roots)  # also where `select_root` decides, which may rely on it
-    for simulation in range(num_simulations):
+    for simulation in range(tree.num_simulations):
         if select_root is not None:
             selected[tree.roots] = select_root()
         edge, path = tree.walk(selected)
@@ -972,49 +536,34 @@ def search(
         tree.add(new, latent, logits, value)
         tree.child[node, action], tree.reward[node, action] = new, reward
         tree.depth[new] = tree.depth.take(node) + 1
-        touched = np.concatenate([new, tree.back_up(path, value, discount)])
+        touched = np.concatenate([new, tree.back_up(path, value)])
         selected[touched] = select(touched)
-
-
-@cache
-def exploration(num_simulations: int, base: float = 19_652, init: float = 1.25) -> Array:
-    """(init + log((n + base + 1) / base)) * sqrt(n) for n = 0, 1, ... visits of a node (MuZero, equation 2). As in
-    mctx they include the node's own evaluation; the paper's do not, so that its first choice ignores the prior."""
-    n = np.arange(num_simulations + 2)
-    return ((init + np.log((n + base + 1) / base)) * np.sqrt(n)).astype(np.float32)
-
-
-def rescale(tree: Tree, q: Array, low: Array, high: Array) -> Array:
-    """Q (B, A) to [0, 1], from `low` and `high` (B, 1), divided by `tree.min_range` at least."""
-    return (q - low) / np.maximum(high - low, tree.min_range)
 
 
 def puct(tree: Tree, node: Array, table: Array) -> Array:
     """Scores (B, A) of the actions of nodes (B,): MuZero, equation 2, with the conventions of mctx: Q is normalised to
-    [0, 1] over the node's value and the Q of its visited actions (the paper: over the whole tree); an action that was
-    not visited counts as the smallest."""
+    [0, 1] over the node's value and the Q of its visited actions; what was not visited counts as the smallest."""
     visits, value = tree.edge_visits.take(node, axis=0), tree.value.take(node)[:, None]
     seen = np.where(visits > 0, tree.q.take(node, axis=0), value)
     low, high = np.minimum(seen.min(1, keepdims=True), value), np.maximum(seen.max(1, keepdims=True), value)
-    normalised = rescale(tree, np.where(visits > 0, seen, low), low, high)
+    normalised = (np.where(visits > 0, seen, low) - low) / np.maximum(high - low, tree.min_range)
     return normalised + tree.prior.take(node, axis=0) * table.take(tree.visits.take(node))[:, None] / (visits + 1)
 
 
-def muzero_search(
-    recurrent: Recurrent, tree: Tree, legal: Array, discount: float, num_simulations: int
-) -> tuple[Array, Array]:
-    """MuZero, appendix B. `legal` (B, A) holds at the root only: below it, the prior has learned to avoid the rest.
-
-    Returns the policies found (B, A), the shares of the visits, and the most visited actions (B,).
-    """
-    roots, table = tree.roots, exploration(num_simulations)
-    tree.prior[roots] = np.where(legal, tree.prior[roots], -np.inf)  # of which every score is -inf, too
-    search(recurrent, tree, discount, num_simulations, lambda node: puct(tree, node, table).argmax(1))
+def muzero_search(recurrent: Recurrent, tree: Tree) -> tuple[Array, Array]:
+    """MuZero, appendix B. Returns the policies found (B, A), the shares of the visits, and the most visited actions
+    (B,)."""
+    # (c_1 + log((n + c_2 + 1) / c_2)) * sqrt(n) for n = 0, 1, ... visits of a node, with its own evaluation, as in
+    # mctx; without it, as in the paper, the first choice ignores the prior.
+    roots, n = tree.roots, np.arange(tree.num_simulations + 2)
+    table = ((1.25 + np.log((n + 19_652 + 1) / 19_652)) * np.sqrt(n)).astype(np.float32)
+    tree.prior[roots] = np.where(tree.legal, tree.prior[roots], -np.inf)  # of which every score is -inf, too
+    search(recurrent, tree, lambda node: puct(tree, node, table).argmax(1))
     visits = tree.edge_visits[roots]
     return visits / visits.sum(1, keepdims=True), visits.argmax(1)
 
 
-@cache
+@functools.cache
 def halving_schedule(considered: int, num_simulations: int) -> list[int]:
     """Sequential halving (Gumbel MuZero, algorithm 2): for each simulation, how many visits the action that it starts
     with has had. `considered` actions are tried equally often, then the better half of them, and so on."""
@@ -1047,26 +596,17 @@ def sigma(tree: Tree, node: Array, c_visit: float = 50, c_scale: float = 0.1) ->
     completed = completed_q(tree, node)
     low, high = completed.min(1, keepdims=True), completed.max(1, keepdims=True)
     visits = tree.edge_visits.take(node, axis=0).max(1, keepdims=True)
-    return (c_visit + visits) * c_scale * rescale(tree, completed, low, high)
+    return (c_visit + visits) * c_scale * ((completed - low) / np.maximum(high - low, tree.min_range))
 
 
-def gumbel_search(
-    recurrent: Recurrent,
-    tree: Tree,
-    legal: Array,
-    discount: float,
-    num_simulations: int,
-    gumbel: Array,
-    considered: int,
-) -> tuple[Array, Array]:
-    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `gumbel` (B, A): noise, or 0 for none.
-
-    Returns the improved policies (B, A) and the best of the actions that were tried most often (B,).
-    """
+def gumbel_search(recurrent: Recurrent, tree: Tree, gumbel: Array, considered: int) -> tuple[Array, Array]:
+    """Gumbel MuZero, algorithm 2 at the root and equation 14 below it. `gumbel` (B, A): noise, or 0 for none;
+    `considered`: how many actions of the root are tried. Returns the improved policies (B, A) and the best of the
+    actions that were tried most often (B,)."""
     roots, logits = tree.roots, tree.logits[tree.roots]
     base = gumbel + logits - logits.max(1, keepdims=True)
-    schedules = np.array([halving_schedule(count, num_simulations) for count in range(considered + 1)])
-    schedule = schedules[np.minimum(legal.sum(1), considered)]  # (B, N)
+    schedules = np.array([halving_schedule(count, tree.num_simulations) for count in range(considered + 1)])
+    schedule = schedules[np.minimum(tree.legal.sum(1), considered)]  # (B, N)
     added = np.zeros(tree.logits.shape)  # the sigma of every node, as of the last time that something came back to it
 
     def best_of(visits: Array) -> Array:
@@ -1083,50 +623,42 @@ def gumbel_search(
         visits = tree.edge_visits.take(node, axis=0)
         return (policy - visits / (1 + visits.sum(1, keepdims=True))).argmax(1)
 
-    search(recurrent, tree, discount, num_simulations, select, select_root)
+    search(recurrent, tree, select, select_root)
     return softmax(logits + added[roots]), best_of(tree.edge_visits[roots].max(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Agent
-# ---------------------------------------------------------------------------------------------------------------------
 class Agent:
-    """Network, replay and search: `act` searches, `observe` stores, `update` trains.
-
-    Drive it from a loop of your own: `agent = Agent(env.observation_space, env.action_space, Args())`, then for every
-    step `act`, `env.step`, `observe`, `update`. Environments side by side: `act_many`, and `observe` with `env`.
+    """Network, replay and search. Drive it from a loop of your own: `Agent(env.observation_space, env.action_space,
+    Args())`, then for every step `act`, `env.step`, `observe`, `update`; side by side: `act_many`, `observe(env=...)`.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
-        check_spaces(observation_space, action_space)
-        self.args, self.device, self.space = args, find_device(args.device), observation_space
+        self.obs_shape, dtype, self.standardises = check_spaces(observation_space, action_space, args)
+        self.args, self.device, self.space = args, find_device(args), observation_space
         self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
-        box = isinstance(observation_space, gym.spaces.Box)
-        shape = observation_space.shape if box else (int(observation_space.n),)
-        dtype = np.uint8 if box and observation_space.dtype == np.uint8 else np.float32
-        convolutional = len(shape) == 3 if args.network == "auto" else args.network == "conv"
-        if convolutional and len(shape) != 3:
-            raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
-        self.obs_shape = shape if convolutional else (math.prod(shape),)
-        # Numbers of a vector can be of any size; those of boards, and one-hot ones, are what they should be.
-        self.standardises = box and len(shape) != 3 and dtype == np.float32
         self.mean, self.std = np.zeros(self.obs_shape, np.float32), np.ones(self.obs_shape, np.float32)
         generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0, 0))
         self.rng = np.random.default_rng(seed_of(args.seed, 0, 1))
-        self.net, self.parameters = make_network(self.obs_shape, self.num_actions, args, generator)
+        self.parameters = make_network(self.obs_shape, self.num_actions, args, generator)
+        weights = self.parameters.parameters()
+        self.optimizer = torch.optim.Adam(weights, args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args)
+        self.found: list[tuple[Array, float, Array]] = []  # of each environment policy, value and legal actions, and
+        self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]  # the steps of its part of an episode so far
+        self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
+        self.value_range, self.measured, self.masked = 0.0, 0, False
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("view", "loss_fn")}
+
+    def __setstate__(self, state: dict) -> None:
+        """Also of a copy or a pickle, whose search is to see its own weights."""
+        vars(self).update(state)
         # What the search sees: of a network for vectors on a CPU, arrays in the same memory.
         self.arrays = self.device.type == "cpu" and len(self.obs_shape) == 1
         self.view = {name: p.detach().numpy() if self.arrays else p.detach() for name, p in self.parameters.items()}
-        weights = self.parameters.parameters()
-        self.optimizer = torch.optim.Adam(weights, args.learning_rate, weight_decay=args.weight_decay, fused=True)
-        self.loss_fn = torch.compile(unrolled_loss) if args.compile else unrolled_loss
-        self.replay = Replay(self.obs_shape, dtype, self.num_actions, args.replay_size, args.follow)
-        # Of each environment: policy, value and legal actions of the search in the present state, and the steps of the
-        # present part of an episode.
-        self.found: list[tuple[Array, float, Array]] = []
-        self.parts: list[list[tuple]] = [[] for _ in range(args.num_envs)]
-        self.steps, self.updates, self.searched_again, self.logs, self.losses = 0, 0, 0, {}, {}
-        self.value_range, self.measured, self.masked = 0.0, 0, False
+        self.loss_fn = torch.compile(unrolled_loss) if self.args.compile else unrolled_loss
 
     def row(self, obs: Any) -> Array:
         """An observation as the replay keeps it: one-hot for a state, a vector, or an image as it is."""
@@ -1140,47 +672,45 @@ class Agent:
             return rows.astype(np.float32) / 255
         return ((rows - self.mean) / self.std).clip(-10, 10) if self.standardises else rows
 
-    def infer(self, function: Callable[..., Numbers], *arrays: Array) -> Array | list[Array]:
+    def infer(self, function: Callable, *arrays: Array, **options: bool) -> Array | list[Array]:
         """What a function of the network says of arrays, as arrays, wherever the network is."""
         if self.arrays:
-            return function(self.view, *arrays)
+            return function(self.view, *arrays, **options)
         with torch.inference_mode():
-            found = function(self.view, *(torch.from_numpy(array).to(self.device) for array in arrays))
+            found = function(self.view, *(torch.from_numpy(array).to(self.device) for array in arrays), **options)
             return [part.cpu().numpy() for part in found] if isinstance(found, list) else found.cpu().numpy()
 
     def heads(self, latent: Array) -> tuple[Array, Array, Array]:
         """latent (B, ...) -> rewards (B,), policy logits (B, A), values (B,)."""
-        reward, value, policy = self.infer(self.net.predict, latent)
-        reward, value = expectation(np.stack([reward, value]), not self.net.two_players)
+        reward, value, policy = self.infer(predict, latent)
+        reward, value = expectation(np.stack([reward, value]), self.args.gamma >= 0)
         return reward, policy, value
 
     def recurrent(self, latent: Array, action: Array) -> tuple[Array, Array, Array, Array]:
         """What the search asks of the model."""
-        latent = self.infer(self.net.dynamics, latent, action)
+        latent = self.infer(dynamics, latent, action, turns=self.args.gamma < 0)
         return latent, *self.heads(latent)
 
     def predict(self, rows: Array) -> tuple[Array, Array, Array]:
         """Latent states, logits of the policy and values of B rows of observations."""
-        latent = self.infer(self.net.represent, self.unit(rows))
+        latent = self.infer(represent, self.unit(rows))
         return latent, *self.heads(latent)[1:]
 
     def plan(self, rows: Array, legal: Array, rng: np.random.Generator | None) -> tuple[Array, Array, Array, Tree]:
         """Searches from B rows of observations; `rng`: draws the noise of self-play, None for none. Returns the
         policies found (B, A), actions (B,), the values of these policies (B,) and the trees."""
         args = self.args
-        latent, logits, value = self.predict(rows)
-        tree = Tree(latent, logits, value, legal, args.num_simulations, args.min_range * self.value_range)
-        settings = self.recurrent, tree, legal, args.gamma, args.num_simulations
+        tree = Tree(*self.predict(rows), legal, args.gamma, args.num_simulations, args.min_range * self.value_range)
         if args.search == "gumbel":
             gumbel = np.zeros(legal.shape) if rng is None else rng.gumbel(size=legal.shape)
-            policy, action = gumbel_search(*settings, gumbel, min(args.max_considered, self.num_actions))
+            policy, action = gumbel_search(self.recurrent, tree, gumbel, min(args.max_considered, self.num_actions))
         else:
             if rng is not None:
                 prior = tree.prior[tree.roots]
                 noise = np.where(legal, rng.gamma(args.dirichlet_alpha, size=legal.shape) + 1e-30, 0)  # Dirichlet
                 noise /= noise.sum(1, keepdims=True)
                 tree.prior[tree.roots] = (1 - args.dirichlet_fraction) * prior + args.dirichlet_fraction * noise
-            policy, action = muzero_search(*settings)
+            policy, action = muzero_search(self.recurrent, tree)
             if rng is not None:
                 cumulated = ((policy / policy.max(1, keepdims=True)) ** (1 / args.temperature)).cumsum(1)
                 action = (rng.random((len(policy), 1)) * cumulated[:, -1:] < cumulated).argmax(1)
@@ -1196,7 +726,11 @@ class Agent:
             raise Failure(f"info['action_mask'] must allow one of {self.num_actions} actions, not be {mask.tolist()}")
         return mask
 
-    def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
+    def act(self, obs: Any, info: dict | None = None) -> np.integer:
+        """An action for the one environment there is."""
+        return self.act_many([obs], [info])[0]
+
+    def act_many(self, observations: list[Any], infos: list[dict | None]) -> list[np.integer]:
         """Actions for all environments, drawn as self-play does."""
         self.masked |= any((info or {}).get("action_mask") is not None for info in infos)
         legal = np.stack([self.legal(info) for info in infos])
@@ -1205,36 +739,21 @@ class Agent:
         for index, part in enumerate(self.parts):
             if self.args.repeat and part and legal[index, part[-1][1]] and self.rng.random() < self.args.repeat:
                 action[index] = part[-1][1]
-        self.look_inside(policy, tree)
-        return (action + self.first_action).tolist()
-
-    def look_inside(self, policy: Array, tree: Tree) -> None:
-        """Statistics of searches, for the logs."""
-        for name, probability in (("before", softmax(tree.logits[tree.roots])), ("after", policy)):
-            entropy = -(probability * np.log(np.maximum(probability, 1e-12))).sum(1)
+        for name, shares in (("before", softmax(tree.logits[tree.roots])), ("after", policy)):
+            entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum(1)
             self.logs[f"planner/root_entropy_{name}"] = float(entropy.mean())
-        self.logs["planner/depth"] = float(tree.depth.reshape(len(tree.roots), -1).max(1).mean())
-
-    def act(self, obs: Any, info: dict | None = None) -> int:
-        """An action for the one environment there is."""
-        return self.act_many([obs], [info])[0]
+        self.logs["planner/depth"] = float(tree.depth.reshape(len(legal), -1).max(1).mean())
+        return list(action + self.first_action)
 
     def observe(
-        self,
-        obs: Any,
-        action: Any,
-        reward: float,
-        next_obs: Any,
-        terminated: bool,
-        truncated: bool = False,
-        env: int = 0,
+        self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool = False, env=0
     ) -> None:
         """Stores one step of an environment; its episode goes to the replay when it ends, or in parts."""
         part = self.parts[env]
-        part.append((self.row(obs), action - self.first_action, reward, *self.found[env]))
+        part.append((self.row(obs), int(action) - self.first_action, float(reward), *self.found[env]))
         self.steps += 1
-        # The first parts are shorter, so that there is something to learn from after `learning_starts` steps; but where
-        # some actions are not allowed it is better to wait, as the last state of a part is never searched.
+        # The first parts are shorter, for something to learn from after `learning_starts` steps; not where some actions
+        # are not allowed, as the last state of a part is then never searched.
         args, started = self.args, self.masked or self.replay.added >= self.args.learning_starts
         length = max(args.unroll_steps, (LONGEST_WAIT if started else args.learning_starts) // args.num_envs)
         if terminated or truncated or len(part) >= min(length, LONGEST_PART, args.replay_size - 1):
@@ -1265,7 +784,7 @@ class Agent:
         if self.replay.added >= 1.01 * self.measured:
             self.measure()
         # The first priority is that of all n steps: where `follow` cuts off all of them, there would be no error.
-        self.prioritise(rows, self.replay.n_step_returns(rows, args.td_steps, args.gamma, follow=False) - value)
+        self.prioritise(rows, self.replay.n_step_returns(rows, follow=False) - value)
         came, following = np.empty(length), last_value  # how well did the searches foresee what came?
         for t in reversed(range(length)):
             came[t] = following = reward[t] + args.gamma * following
@@ -1281,7 +800,8 @@ class Agent:
         values = np.append(columns["value"][:used], 0)  # where no episode ends, all values may be large and the same
         self.value_range, self.measured = float(np.ptp(values)), self.replay.added
         if self.standardises:
-            mean, std = (reduce(columns["obs"][:used], axis=0, dtype=np.float64) for reduce in (np.mean, np.std))
+            obs = columns["obs"][:used]
+            mean, std = obs.mean(0, np.float64), obs.std(0, np.float64)
             std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # numbers that have not changed so far
             self.mean, self.std = mean.astype(np.float32), std.astype(np.float32)
 
@@ -1293,12 +813,10 @@ class Agent:
         while self.searched_again + args.batch_size <= steps * args.reanalyze_ratio:
             self.reanalyze(args.batch_size)
         while self.updates < steps * args.updates_per_step:
-            sizes = args.batch_size, args.unroll_steps, args.td_steps
-            rows, batch = self.replay.sample(*sizes, args.gamma, self.rng, next_obs=args.consistency_weight > 0)
+            rows, batch = self.replay.sample(self.rng)
             batch |= {name: self.unit(batch[name]) for name in ("obs", "next_obs") if name in batch}
             tensors = {name: torch.from_numpy(column).to(self.device) for name, column in batch.items()}
-            weights = args.value_weight, args.consistency_weight
-            loss, value, self.losses = self.loss_fn(self.net, self.parameters, tensors, *weights)
+            loss, value, self.losses = self.loss_fn(self.parameters, tensors, args)
             self.optimizer.param_groups[0]["lr"] = args.learning_rate * 0.1 ** min(self.steps / args.decay_steps, 2)
             self.optimizer.zero_grad()
             loss.backward()
@@ -1318,49 +836,27 @@ class Agent:
             rows = rows[~last]
         if len(rows):
             some = args.search == "gumbel" and min(args.max_considered, args.num_simulations) < self.num_actions
-            noise = self.rng if some else None
-            policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], noise)
+            policy, _, value, _ = self.plan(columns["obs"][rows], columns["legal"][rows], self.rng if some else None)
             columns["policy"][rows], columns["value"][rows] = policy, value
             self.replay.mark_followed(rows)
 
-    def act_greedily(self, observations: list[Any], infos: list[dict | None]) -> list[int]:
+    def act_greedily(self, observations: list[Any], infos: list[dict | None]) -> list[np.integer]:
         """Actions of searches without noise."""
         rows, legal = np.stack([self.row(obs) for obs in observations]), np.stack([self.legal(info) for info in infos])
-        return (self.plan(rows, legal, None)[1] + self.first_action).tolist()
+        return list(self.plan(rows, legal, None)[1] + self.first_action)
 
-    def greedy_policy(self, seed: int) -> Callable[..., int]:
+    def greedy_policy(self, seed: int) -> Callable[..., np.integer]:
         """A policy (observation, info -> action) for one episode, which does not touch the agent; it needs no seed."""
         return lambda obs, info=None: self.act_greedily([obs], [info])[0]
 
     def metrics(self) -> dict[str, float]:
-        """What to log, by TensorBoard tag."""
-        for name, values in self.losses.items():  # of each unroll step
-            first = int(name in ("reward_loss", "consistency_loss"))
-            self.logs |= {f"losses/{name}_{index}": value for index, value in enumerate(values.tolist(), first)}
-        return self.logs
-
-    def tree_text(self, obs: Any, info: dict | None, levels: int = 3) -> str:
-        """What a search without noise finds: for each action visits, prior, Q and the reward foreseen, and behind it
-        the same for the actions of the state that it leads to."""
-        _, action, value, tree = self.plan(self.row(obs)[None], self.legal(info)[None], None)
-        chosen = f"value {value[0]:.3g}, action {action[0] + self.first_action}"
-        lines = [f"search of {self.args.num_simulations} simulations: {chosen}"]
-
-        def describe(node: int, level: int) -> None:
-            for edge in np.argsort(-tree.edge_visits[node], kind="stable"):
-                visits, q, reward, prior = (a[node, edge] for a in (tree.edge_visits, tree.q, tree.reward, tree.prior))
-                if visits:
-                    found = f"{visits} visits, Q {q:.3g}, reward {reward:.3g}, prior {prior:.2f}"
-                    lines.append(f"{'    ' * level}{edge + self.first_action}: {found}")
-                    if level < levels:
-                        describe(tree.child[node, edge], level + 1)
-
-        describe(0, 1)
-        return "\n".join(lines)
+        """What is new since the last call, by TensorBoard tag."""
+        logs = self.logs | {f"losses/{name}": float(loss) for name, loss in self.losses.items()}
+        self.logs, self.losses = {}, {}
+        return logs
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
-        self.metrics()  # so that a resumed run logs the same
         return {
             "parameters": self.parameters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -1368,395 +864,432 @@ class Agent:
             "rng": json.dumps(self.rng.bit_generator.state),
             "parts": [[torch.tensor(np.array(column)) for column in zip(*part, strict=True)] for part in self.parts],
             "scale": [torch.from_numpy(self.mean), torch.from_numpy(self.std)],
-            "counts": [self.steps, self.updates, self.searched_again],
-            "measured": [self.value_range, self.measured, self.masked],
-            "logs": self.logs,
+            "counts": [self.steps, self.updates, self.searched_again, self.value_range, self.measured, self.masked],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` gave into a newly made agent."""
-        for name in ("parameters", "optimizer", "replay"):
-            getattr(self, name).load_state_dict(state[name])
+        """Restores what `state_dict` gave."""
+        for part in ("parameters", "optimizer", "replay"):
+            getattr(self, part).load_state_dict(state[part])
         self.rng.bit_generator.state = json.loads(state["rng"])
         self.parts = [list(zip(*(column.numpy() for column in part), strict=True)) for part in state["parts"]]
         self.mean, self.std = (part.numpy() for part in state["scale"])
-        (self.steps, self.updates, self.searched_again), self.logs = state["counts"], state["logs"]
-        self.value_range, self.measured, self.masked = state["measured"]
+        self.steps, self.updates, self.searched_again, self.value_range, self.measured, self.masked = state["counts"]
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; `auto`: a GPU where there is one."""
-    mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
-        raise Failure(f"--device {name}: there is none that PyTorch can use")
-    return torch.device(name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
-CHECKPOINT = "checkpoint.pt"
-CHANGEABLE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # learning does not depend on them
-CHANGEABLE |= {"device", "threads", "compile", "capture_video", "run_dir", "resume", "evaluate"}
-CHANGEABLE.update({"eval_env_kwargs", "play"})
-
-
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Writes nested tensors and plain values; the file is a zip archive, which keeps checksums."""
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Reads what `write_checkpoint` wrote, executing no code; raises an exception of some kind where it is damaged."""
-    with zipfile.ZipFile(path) as file:
-        if broken := file.testzip():
-            raise ValueError(f"{broken} is damaged")
-    return torch.load(path, weights_only=True, map_location="cpu")
-
-
-def parse_args() -> Args:
-    """The command line. `--resume` and `--evaluate` start from the run's own arguments, of which few may be changed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
-    env_id = parser.parse_known_args()[0].env_id
-    args = tyro.cli(Args, default=Args(**{"env_id": env_id} | PRESETS.get(env_id, {})))
-    if (folder := args.resume if args.resume is not None else args.evaluate) is None:
-        if preset := [f"{name}={getattr(args, name)}" for name in PRESETS.get(env_id, {})]:
-            print(f"settings for {env_id}: {', '.join(preset)}")
-        return args
-    args = tyro.cli(Args, default=saved_args(folder))
-    if args.resume and args.evaluate:
-        raise Failure("--resume and --evaluate exclude each other")
-    check_unchanged(args, folder)
-    return args
-
-
-def check_unchanged(args: Args, folder: str) -> None:
-    """Raises Failure for arguments, other than those in CHANGEABLE, with which the run was not started."""
-    before, fixed = saved_args(folder), [name for name in vars(args) if name not in CHANGEABLE]
-    if changed := [name for name in fixed if getattr(args, name) != getattr(before, name)]:
-        raise Failure(f"{folder} was started with another {', '.join(changed)}; a run keeps what it was started with")
-
-
-def saved_args(folder: str) -> Args:
-    """The arguments that a run was started with."""
-    try:
-        saved = json.loads((Path(folder) / "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise Failure(f"{folder} was written by {saved['script']}.py, not by {SCRIPT}.py")
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved["args"].items()}
-        return Args(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Failure(f"{folder} is not a run folder of {SCRIPT}.py: no usable args.json ({error})") from error
-
-
-def run_folder(args: Args) -> Path:
-    """The folder of the run to go on with or to evaluate, or the name of a new one."""
-    name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-    return Path(args.resume or args.evaluate or Path(args.run_dir) / re.sub(r"[/:]", "-", name))
-
-
-def make_eval_envs(args: Args) -> list[gym.Env]:
-    """The environments of evaluations, one for each episode."""
-    args = dataclasses.replace(args, env_kwargs=args.env_kwargs + args.eval_env_kwargs)
-    modes = ["rgb_array" if args.capture_video else None] + [None] * (args.eval_episodes - 1)
-    return [make_env(args, mode) for mode in modes]
-
-
-def greedy_episodes(
-    agent: Any, envs: list[gym.Env], args: Args, memory: dict
-) -> tuple[list[Episode], list[Image.Image]]:
-    """`args.eval_episodes` episodes side by side, as a search of many states costs little more than one of one;
-    with `args.capture_video` pictures of the first."""
-    limit = envs[0].spec.max_episode_steps or 1_000  # without one, a greedy policy may walk in circles for ever
-    if memory:
-        for env in envs:
-            env.unwrapped.load_state_dict(memory)
-    episodes, frames = [Episode(env, args.seed, 2, index) for index, env in enumerate(envs)], []
-    playing = episodes
-    while playing:
-        if args.capture_video and playing[0] is episodes[0]:
-            frames.append(Image.fromarray(envs[0].render()).quantize())
-        actions = agent.act_greedily([e.obs for e in playing], [e.info for e in playing])
-        ended = [any(episode.step(action)[2:]) for episode, action in zip(playing, actions, strict=True)]
-        playing = [e for e, end in zip(playing, ended, strict=True) if not end and len(e.actions) < limit]
-    if args.capture_video:
-        frames.append(Image.fromarray(envs[0].render()).quantize())
-    return episodes, frames
-
-
-class Run:
-    """The run folder and what goes on in it: TensorBoard events, evaluation, checkpoints, exact resume, the result.
-
-    With `args.resume` it continues the run of that folder; with `args.evaluate` nothing is learned or written but
-    videos. Of the agent it uses what `greedy_episodes` calls, `metrics()`, `state_dict()`, `load_state_dict(state)`.
-    """
-
-    def __init__(self, args: Args, agent: Any, episodes: list[Episode], path: Path | None = None):
-        self.args, self.agent, self.episodes, self.path = args, agent, episodes, path or run_folder(args)
-        self.step, self.start_time, self.returns, self.events = 0, time.time(), [], None
-        self.log_every = max(1, args.total_timesteps // 100)
-        self.eval_envs = make_eval_envs(args)
-        offset = self.restore() if args.resume or args.evaluate else 0
-        # (Steps that are made side by side can lead beyond what was asked for.)
-        if args.resume and args.total_timesteps < min(self.step, saved_args(args.resume).total_timesteps):
-            raise Failure(f"{self.path} has {self.step} steps already, more than --total-timesteps")
-        if args.resume:
-            print(f"resumed at step {self.step} of {args.total_timesteps}")
-        if not args.evaluate:
-            self.path.mkdir(parents=True, exist_ok=True)
-            saved, now = self.path / "args.json", provenance()
-            before = json.loads(saved.read_text()).get("made_with", []) if saved.exists() else []
-            made_with = [*(made for made in before if made != now), now]  # resumed elsewhere or later: all of them
-            write_json(saved, {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": made_with})
-            # Cut at the checkpoint: what a resumed run leaves is what an uninterrupted one would have left.
-            self.events = open(self.path / "events.out.tfevents.0", "ab")
-            self.events.seek(self.events.truncate(offset))
-            if offset == 0:
-                rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
-                summary = text_pb("hyperparameters", f"|name|value|\n|-|-|{rows}")
-                self.write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-                self.write(Event(wall_time=time.time(), summary=summary))
-        self.bar = tqdm(
-            total=args.total_timesteps, initial=self.step, unit="step", disable=True if args.evaluate else None
-        )
-
-    def steps(self, stride: int = 1) -> Iterator[int]:
-        """Yields the number of the environment step that the caller makes next (of the last of `stride` parallel ones);
-        once it is made, logs, evaluates and checkpoints what is due, and stops on Ctrl-C or SIGTERM."""
-        args, caught, handlers = self.args, [], {}
-
-        def stop(number: int, _: Any) -> None:
-            caught.append(number)
-            os.write(2, b"\nstopping after this step, and the evaluation if one is due; once more: at once\n")
-            signal.signal(number, handlers[number])  # a second one does not wait for the end of the step
-
-        if threading.current_thread() is threading.main_thread():
-            handlers.update({number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)})
-        timed_from = self.step, time.time()
-        try:
-            while self.step < args.total_timesteps and not args.evaluate:
-                yield self.step + stride
-                before, self.step = self.step, self.step + stride
-                self.bar.update(stride)
-                if self.due(self.log_every, before) or self.due(args.checkpoint_every, before):
-                    # (A NaN is a Failure, so that no checkpoint which is due holds one.)
-                    sps = (self.step - timed_from[0]) / max(time.time() - timed_from[1], 1e-9)
-                    timed_from = self.step, time.time()
-                    self.log(self.step, {"charts/SPS": sps, **self.agent.metrics()})
-                if self.due(args.eval_every, before):
-                    self.evaluate()
-                if self.due(args.checkpoint_every, before) or caught:
-                    self.save()
-                if caught and self.step < args.total_timesteps:
-                    self.bar.close()
-                    print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.path}")
-                    sys.exit(128 + caught[0])
-        finally:
-            self.bar.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def due(self, every: int, before: int) -> bool:
-        """Whether a multiple of `every` was reached since step `before`; at the end everything is due."""
-        return self.step >= self.args.total_timesteps or self.step // every > before // every
-
-    def log(self, step: int, values: dict[str, float | Image.Image]) -> None:
-        """Writes scalars and pictures under their TensorBoard tags, x = environment steps. A NaN is a Failure."""
-        summary = Summary()
-        for tag, value in values.items():
-            if isinstance(value, Image.Image):
-                value.save(png := io.BytesIO(), "PNG")
-                summary.value.add(tag=tag).image.MergeFrom(Summary.Image(encoded_image_string=png.getvalue()))
-            elif math.isfinite(value):
-                summary.value.add(tag=tag, simple_value=value)
-            else:
-                raise Failure(f"step {step}: {tag} is {value}; the last checkpoint, if there is one, is from before")
-        self.write(Event(wall_time=time.time(), step=step, summary=summary))
-
-    def log_episode(self, step: int, episode: Episode) -> None:
-        """Logs a finished episode."""
-        values = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
-        self.log(step, values)
-        self.bar.set_postfix_str(f"return {episode.episodic_return:.4g}", refresh=False)
-
-    def write(self, event: Event) -> None:
-        if self.events:
-            RecordWriter(self.events).write(event.SerializeToString())
-
-    def evaluate(self) -> None:
-        """Greedy episodes on environments of their own, always with the same seeds; keeps and logs their returns."""
-        episodes, frames = greedy_episodes(self.agent, self.eval_envs, self.args, memory_of(self.episodes[0].env))
-        self.returns, lengths = [e.episodic_return for e in episodes], [len(e.actions) for e in episodes]
-        mean, std = float(np.mean(self.returns)), float(np.std(self.returns))
-        self.log(self.step, {"eval/episodic_return": mean, "eval/episodic_length": float(np.mean(lengths))})
-        steps = f"{np.mean(lengths):.1f} steps long, {len(lengths)} episodes"
-        tqdm.write(f"step {self.step}: evaluation return {mean:.4g} +- {std:.4g} ({steps})")
-        if frames:
-            video = self.path / "videos" / f"step_{self.step}.gif"
-            video.parent.mkdir(exist_ok=True)
-            duration = 1000 / self.eval_envs[0].metadata.get("render_fps", 30)  # milliseconds a frame
-            frames[0].save(video, save_all=True, append_images=frames[1:], duration=duration, loop=0)
-
-    def save(self) -> None:
-        """Writes a checkpoint; at every instant a whole one is in the folder, and the one before it is kept."""
-        self.events.flush()
-        state = {"step": self.step, "seconds": time.time() - self.start_time, "returns": self.returns}
-        state |= {"events": self.events.tell(), "agent": self.agent.state_dict()}
-        state["episodes"] = [episode.state_dict() for episode in self.episodes]
-        path, new = self.path / CHECKPOINT, self.path / f"new.{CHECKPOINT}"
-        try:
-            write_checkpoint(new, state)
-        except OSError as error:
-            new.unlink(missing_ok=True)
-            raise Failure(f"step {self.step}: no checkpoint ({error}); the one before: --resume {self.path}") from error
-        if path.exists():
-            os.replace(path, self.path / f"previous.{CHECKPOINT}")
-        os.replace(new, path)
-
-    def restore(self) -> int:
-        """Brings everything back to the last checkpoint; returns the size of the event file at that moment."""
-        check_unchanged(self.args, str(self.path))  # not only `parse_args` makes them
-        path, previous = self.path / CHECKPOINT, self.path / f"previous.{CHECKPOINT}"
-        path = path if path.exists() or not previous.exists() else previous
-        if not path.exists() and self.args.resume:
-            return 0  # killed before its first checkpoint: from the beginning
-        try:
-            state = read_checkpoint(path)
-            self.agent.load_state_dict(state["agent"])
-            for episode, episode_state in zip(self.episodes, state["episodes"], strict=True):
-                episode.load_state_dict(episode_state)
-            self.step, self.returns = state["step"], state["returns"]
-            self.start_time -= state["seconds"]
-            return state["events"]
-        except Exception as error:
-            other = f"; the checkpoint before it is {previous}: rename it to use it" if previous.exists() else ""
-            raise Failure(f"cannot restore {path}: {type(error).__name__}: {error}{other}") from error
-
-    def finish(self) -> dict:
-        """Writes and returns the result, and says where to look."""
-        if self.args.evaluate or not self.returns:
-            self.evaluate()
-            if not self.args.evaluate:  # not a single step was asked for
-                self.save()
-        result = {"env_steps": self.step, "episodes": sum(episode.index for episode in self.episodes)}
-        result |= {"wall_seconds": time.time() - self.start_time, "eval_return_mean": float(np.mean(self.returns))}
-        result |= {"eval_return_std": float(np.std(self.returns)), "eval_episodes": len(self.returns)}
-        if not self.args.evaluate:
-            self.events.close()
-            write_json(self.path / "result.json", result)
-            print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
-        return result
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file atomically."""
-    new = path.with_name(f"new.{path.name}")
-    new.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(new, path)
-
-
-def provenance() -> dict:
-    """What a run was made with: versions of Python and of the packages, git commit of the script where there is one."""
-    packages = {name: sys.modules[name].__version__ for name in ("numpy", "torch", "gymnasium") if name in sys.modules}
-    git = shutil.which("git") and ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if git else ""
-    return {"versions": {"python": sys.version.split()[0], **packages}, "git_commit": commit or None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Train
-# ---------------------------------------------------------------------------------------------------------------------
-def ask(allowed: Array) -> int | None:
-    """A move that the player types, asked for until it is one of those allowed; None: nothing was typed."""
-    while True:
-        print("Your move: ", end="", flush=True)
-        text = sys.stdin.readline().strip()
-        if not text:
-            return None
-        if text.isdecimal() and int(text) in allowed:
-            return int(text)
-        print(f"Allowed are {', '.join(map(str, allowed))}.")
-
-
-def play(folder: str, device: str) -> dict:
-    """Games in the terminal against the agent of a run, who searches as it does in evaluations."""
-    args = dataclasses.replace(saved_args(folder), device=device)
-    game = make_env(args).unwrapped
-    if not isinstance(game, KInARow):
-        raise Failure(f"--play is for the board games of this script, not for {args.env_id}")
-    if game.opponent is not None:
-        raise Failure(f"{folder} was trained against an opponent in --env-kwargs; --play is for self-play")
-    env = make_env(args, "ansi")
-    agent = Agent(env.observation_space, env.action_space, args)
-    try:
-        agent.load_state_dict(read_checkpoint(Path(folder) / CHECKPOINT)["agent"])
-    except Exception as error:
-        raise Failure(f"cannot read the agent of {folder}: {type(error).__name__}: {error}") from error
-    policy, results = agent.greedy_policy(args.seed), {"won": 0, "lost": 0, "drawn": 0}
-    for number in itertools.count():
-        (obs, info), done = env.reset(), False
-        print(f"You are {'XO'[number % 2]}; moves are counted from 0, from left and top. Enter alone ends the game.")
-        while not done:
-            print(f"{env.render()}\n")
-            yours = env.unwrapped.turns % 2 == number % 2
-            action = ask(info["action_mask"].nonzero()[0]) if yours else policy(obs, info)
-            if action is None:
-                print(f"You have won {results['won']}, lost {results['lost']}, drawn {results['drawn']}.")
-                return results
-            if not yours:
-                print(f"My move: {action}")
-            obs, reward, done, _, info = env.step(action)
-        result = "drawn" if not reward else "won" if yours else "lost"
-        results[result] += 1
-        print(f"{env.render()}\n\nYou have {result}.\n" if reward else f"{env.render()}\n\nA draw.\n")
-
-
-def train(args: Args) -> dict:
-    """MuZero: self-play and training in turns; returns what is in result.json."""
-    torch.set_num_threads(args.threads)
-    if args.play:
-        return play(args.play, args.device)
-    envs = [make_env(args) for _ in range(args.num_envs)]
-    game = envs[0].unwrapped
-    if isinstance(game, KInARow) and (args.gamma < 0) != (game.opponent is None):
-        raise Failure("--gamma must be -1 in self-play, and from 0 on with an opponent in --env-kwargs")
+def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
+    """MuZero as in the box on top. `make(render_mode=None)` makes an environment that is not registered."""
+    make = make or functools.partial(make_env, args)
+    envs = [make() for _ in range(args.num_envs)]
     agent = Agent(envs[0].observation_space, envs[0].action_space, args)
     episodes = [Episode(env, args.seed, 1, index) for index, env in enumerate(envs)]
-    run = Run(args, agent, episodes)
-    for step in run.steps(args.num_envs):
+    run = Run(args, agent, episodes, make)
+    for _ in run.steps(args.num_envs):
         observations = [episode.obs for episode in episodes]
         actions = agent.act_many(observations, [episode.info for episode in episodes])
         for index, (episode, obs, action) in enumerate(zip(episodes, observations, actions, strict=True)):
             next_obs, reward, terminated, truncated = episode.step(action)
             agent.observe(obs, action, reward, next_obs, terminated, truncated, env=index)
             if terminated or truncated:
-                run.log_episode(step, episode)
+                run.log({"charts/episodic_return": episode.episodic_return})
+                run.log({"charts/episodic_length": len(episode.actions)})
                 episode.reset()
         agent.update()
-    if args.evaluate:
-        first = Episode(run.eval_envs[0], args.seed, 2, 0)
-        print(agent.tree_text(first.obs, first.info))
-    return run.finish()
+    return run.result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: the same in every script. Nothing of MuZero is below this line.
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT, CHECKPOINT = "muzero", "checkpoint.pt"
+MUTABLE = "total_timesteps, eval_every, eval_episodes, checkpoint_every, capture_video, device, threads, compile"
+
+
+class Failure(Exception):
+    """Something that the user can fix: `main` prints it as one line and exits with status 2."""
+
+
+def seed_of(*key: int) -> int:
+    """A seed of (the run's seed, purpose, number); purposes: 0 agent, 1 training, 2 evaluation, 3 acting in it."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)  # below 2**31: it fits a C int
+
+
+def make_env(args: Args, **drawing: str) -> gym.Env:
+    """The environment that `args` name; `drawing` is empty or a render_mode, which not every environment has."""
+    return make_wrapped(args, **drawing)
+
+
+class Episode:
+    """An environment, episode after episode, each with a seed of its own: its number and its actions bring it back."""
+
+    def __init__(self, env: gym.Env, *key: int):
+        self.env, self.key, self.number = env, key, -1
+
+    def reset(self, number: int | None = None, actions: Sequence = ()) -> None:
+        """Starts the next episode; or the one of this number, and repeats its actions."""
+        self.number = self.number + 1 if number is None else number
+        self.actions, self.episodic_return = [], 0.0
+        obs, self.info = self.env.reset(seed=seed_of(*self.key, self.number))
+        self.obs = copy.deepcopy(obs)  # some environments write the next one into the same array
+        for action in actions:
+            self.step(np.array(action, self.env.action_space.dtype)[()])
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool]:
+        """Returns next observation, reward, terminated, truncated; after one of the last two, call `reset`."""
+        self.actions.append(np.asarray(action).tolist())
+        obs, reward, terminated, truncated, self.info = self.env.step(copy.deepcopy(action))
+        self.obs, number = copy.deepcopy(obs), np.asarray(reward)
+        if number.size != 1 or number.dtype.kind not in "fiub" or not np.isfinite(number):
+            raise Failure(f"step {len(self.actions)} of episode {self.number}: the reward is {reward}, not a number")
+        self.episodic_return += float(number.item())
+        return self.obs, float(number.item()), bool(terminated), bool(truncated)
+
+
+class Run:
+    """The run folder: TensorBoard events, progress, evaluations, checkpoints, exact resume."""
+
+    def __init__(self, args: Args, agent: Agent, episodes: list[Episode], make: Callable[..., gym.Env]):
+        self.args, self.agent, self.episodes, self.events = args, agent, episodes, io.BytesIO()
+        self.eval_env = make(**({"render_mode": "rgb_array"} if args.capture_video else {}))
+        if args.capture_video and self.eval_env.reset(seed=0) and np.ndim(self.eval_env.render()) != 3:
+            raise Failure("--capture-video: render() of this environment gives no picture")
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%dT%H%M%S.%f}".replace("/", "-")
+        self.path = folder = Path(args.evaluate or args.resume or Path(args.run_dir, name.replace(":", "-")))
+        state = {"run": (0, 0.0, 0.0, 0), "result": {}, "episodes": [(0, ())] * len(episodes)}
+        if (folder / CHECKPOINT).exists():  # killed before its first checkpoint, it begins anew
+            state = torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)
+            agent.load_state_dict(state["agent"])
+        (self.step, self.seconds, wall_seconds, logged), self.result = state["run"], state["result"]
+        self.begun = time.time() - wall_seconds
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=bool(args.evaluate) or None)
+        if not args.evaluate:
+            self.path.mkdir(parents=True, exist_ok=True)
+            versions = {name: sys.modules[name].__version__ for name in ("gymnasium", "numpy", "torch")}
+            self.write("args.json", {"script": SCRIPT, "args": vars(args) | {"resume": None}, "versions": versions})
+            self.events = open(self.path / "events.out.tfevents.0", "ab", buffering=0)
+            self.events.seek(self.events.truncate(logged))  # what was logged after the checkpoint comes again
+        Run.resumable = None if args.evaluate else self.path  # for the message when a signal stops it
+        for episode, (number, actions) in zip(episodes, state["episodes"], strict=False):
+            episode.env.unwrapped.steps_made = self.step // len(episodes) - len(actions)  # the mazes change with it
+            episode.reset(number, actions)
+
+    def steps(self, stride: int = 1) -> Iterator[int]:
+        """Yields the number of each step that the caller makes; then logs, evaluates and saves what is due."""
+        args, total = self.args, self.args.total_timesteps
+
+        def due(every: int) -> bool:
+            return self.step // every > (self.step - stride) // every or self.step >= total
+
+        while self.step < total:
+            begun = time.perf_counter()
+            self.step += stride
+            yield self.step
+            self.seconds += time.perf_counter() - begun  # of training alone
+            self.bar.update(stride)
+            if due(max(1, total // 100)) or due(args.checkpoint_every):  # a checkpoint holds no NaN
+                self.log({"charts/SPS": self.step / self.seconds, **self.agent.metrics()})
+            if self.bar.disable and due(max(1, total // 10)):
+                print(f"step {self.step} of {total}, {self.step / self.seconds:.4g} steps/s", flush=True)
+            if due(args.eval_every):
+                self.evaluate()
+            if due(args.checkpoint_every):
+                self.save()
+        self.bar.close()
+        self.write("result.json", self.result)
+        print(f"run folder: {self.path}\ncurves:     tensorboard --logdir {self.path}")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Writes scalars under their TensorBoard tags, x = environment steps."""
+        if wrong := [f"{tag} is {value}" for tag, value in values.items() if not np.isfinite(value)]:
+            raise Failure(f"step {self.step}: {', '.join(wrong)}")
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        event = Event(wall_time=time.time(), step=self.step, summary=summary)
+        RecordWriter(self.events).write(event.SerializeToString())
+
+    def play(self) -> tuple[list[Episode], list[Image.Image]]:
+        """Greedy episodes, always with the same seeds, and pictures of the first where they are wanted."""
+        args, env, episodes, frames = self.args, self.eval_env, [], []
+        limit = (env.spec and env.spec.max_episode_steps) or 1_000  # a greedy policy may walk in circles for ever
+        for number in range(args.eval_episodes):
+            self.bar.set_description_str(f"evaluating {number + 1}/{args.eval_episodes}")
+            policy = self.agent.greedy_policy(seed_of(args.seed, 3, number))
+            episodes.append(episode := Episode(env, args.seed, 2, number))
+            env.unwrapped.steps_made, done = self.step, False
+            episode.reset()
+            while not done and len(episode.actions) < limit:
+                if args.capture_video and number == 0:
+                    frames.append(Image.fromarray(env.render()).quantize())
+                done = any(episode.step(policy(episode.obs, episode.info))[2:])
+        return episodes, frames
+
+    def evaluate(self) -> None:
+        """Plays, and keeps, logs and prints the returns."""
+        episodes, frames = self.play()
+        self.bar.set_description_str("")
+        returns, length = [e.episodic_return for e in episodes], float(np.mean([len(e.actions) for e in episodes]))
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.result = {"env_steps": self.step, "episodes": sum(episode.number for episode in self.episodes)}
+        self.result |= {"wall_seconds": time.time() - self.begun, "eval_episodes": len(returns)}
+        self.result |= {"eval_return_mean": mean, "eval_return_std": std}
+        self.log({"eval/episodic_return": mean, "eval/episodic_length": length})
+        tqdm.write(f"step {self.step}: return {mean:.4g} +- {std:.4g} in {len(returns)} episodes of {length:.4g} steps")
+        if frames:
+            video, fps = self.path / f"step_{self.step}.gif", self.eval_env.metadata.get("render_fps", 30)
+            frames[0].save(video, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        state = {"run": (self.step, self.seconds, time.time() - self.begun, self.events.tell()), "result": self.result}
+        state |= {"episodes": [(e.number, e.actions) for e in self.episodes], "agent": self.agent.state_dict()}
+        self.write(CHECKPOINT, state)
+
+    def write(self, name: str, state: dict) -> None:
+        """Writes a file of the run folder so that at every moment there is a whole one, the old or the new."""
+        with open(self.path / f"new.{name}", "wb") as file:
+            torch.save(state, file) if name == CHECKPOINT else file.write(json.dumps(state, indent=2).encode())
+        Path(self.path, f"new.{name}").replace(self.path / name)
+
+
+def saved_args(folder: str | Path) -> Args:
+    """The arguments of a run."""
+    saved = json.loads(Path(folder, "args.json").read_text())
+    if saved["script"] != SCRIPT:
+        raise Failure(f"this is a run of {saved['script']}.py, not of {SCRIPT}.py")
+    return Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in saved["args"].items()})
+
+
+def load(folder: str | Path, *spaces: gym.Space, **changes: Any) -> Agent:
+    """The agent of a run; `load(folder).greedy_policy(seed=0)` is a function from an observation to an action. Give the
+    spaces of observations and actions where the environment is not registered. Changes are to the run's arguments."""
+    args = dataclasses.replace(saved_args(folder), **changes)
+    env = None if spaces else make_env(args)
+    agent = Agent(*(spaces or (env.observation_space, env.action_space)), args)
+    agent.load_state_dict(torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)["agent"])
+    return agent
 
 
 def main() -> None:
     """The command line; what the user can fix is one line on stderr and status 2."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    sys.path.append(str(Path.cwd()))  # where the module of `--env-id module:Name-v0` may be
+    folder = None
     try:
-        train(parse_args())
-    except (Failure, OSError) as error:
-        print(f"{SCRIPT}.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        given = tyro.cli(Args)
+        folder = given.resume if given.evaluate is None else given.evaluate
+        default = Args(env_id=given.env_id, **PRESETS.get(given.env_id, {})) if folder is None else saved_args(folder)
+        args = tyro.cli(Args, default=dataclasses.replace(default, env_kwargs={}))  # once more, for what was not given
+        args.env_kwargs = default.env_kwargs | given.env_kwargs
+        changed = {name for name, x in vars(args).items() if x != vars(default)[name]} - {
+            "resume",
+            *MUTABLE.split(", "),
+        }
+        if changed and args.resume is not None:
+            raise Failure(f"--resume may change {MUTABLE}, not {', '.join(sorted(changed))}")
+        if args.evaluate is None:
+            train(args)
+        else:
+            Run(args, load(args.evaluate, **vars(args)), [], functools.partial(make_env, args)).evaluate()
+    except Exception as error:
+        if hasattr(Run, "resumable") and not isinstance(error, Failure | OSError):
+            raise  # the run had begun: it comes from the environment or from this script, whose author needs to see it
+        text = " ".join(f"{type(error).__name__}: {error} {folder or ''}".split())
+        print(f"{SCRIPT}.py: error: {text.removeprefix('Failure: ')}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{SCRIPT}.py: stopped at once; --resume goes back to the run's last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit:
+        if path := getattr(Run, "resumable", None):  # otherwise it is --help, or an argument that tyro does not know
+            print(f"\nstopped; to continue: python {sys.argv[0]} --resume {path}", file=sys.stderr)
+        raise
 
 
-if __name__ == "__main__":
+# ---------------------------------------------------------------------------------------------------------------------
+# The script's own plumbing: devices, spaces, wrappers, evaluations side by side, board games.
+# ---------------------------------------------------------------------------------------------------------------------
+def find_device(args: Args) -> torch.device:
+    """The device that `args` name; `auto`: a GPU where there is one."""
+    torch.set_num_threads(args.threads)
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in usable if usable[name]) if args.device == "auto" else args.device
+    if not usable[name]:
+        raise Failure(f"--device {name}: there is none that PyTorch can use")
+    return torch.device(name)
+
+
+def check_spaces(observation_space: gym.Space, action_space: gym.Space, args: Args) -> tuple[tuple, type, bool]:
+    """Shape and type of an observation in the replay: pictures, and nothing else, stay bytes; and whether it is to be
+    standardised. Raises Failure for what this script does not handle."""
+    box, shape = isinstance(observation_space, gym.spaces.Box), observation_space.shape
+    numbers = box and (len(shape) == 3 or math.prod(shape) <= 1_000)
+    bytes_only = box and observation_space.dtype == np.uint8 and (observation_space.high == 255).all()
+    picture = bytes_only and len(shape) in (2, 3)
+    if not picture and not numbers and not isinstance(observation_space, gym.spaces.Discrete):
+        raise Failure(
+            "observations must be Discrete, a picture (height, width[, channels]) or a Box of up to 1,000 numbers, not "
+            f"{observation_space}; Dict: dreamer.py; Tuple: dyna_q.py"
+        )
+    if picture and len(shape) == 3 and (shape[0] <= 4 < shape[2] or shape[0] < shape[1] == shape[2]):
+        raise Failure(f"pictures must be (height, width) or (height, width, channels), not {shape}")
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise Failure(f"actions must be Discrete, not {action_space}; a bounded Box: cem_mpc.py, mbpo.py, dreamer.py")
+    if too_many := [space for space in (observation_space, action_space) if getattr(space, "n", 0) > 10_000]:
+        raise Failure(f"{too_many[0]} has more than 10,000 elements")
+    shape = (*shape, 1) if picture and len(shape) == 2 else shape if box else (int(observation_space.n),)
+    if args.network == "conv" and len(shape) != 3:
+        raise Failure(f"--network conv is for observations (height, width, channels), not {observation_space}")
+    standardises = box and len(shape) != 3  # numbers of boards, and one-hot ones, are of the right size already
+    if len(shape) != 3 or args.network == "mlp":
+        shape = (math.prod(shape),)
+    return shape, np.uint8 if picture else np.float32, standardises
+
+
+def make_wrapped(args: Args, **drawing: str) -> gym.Env:
+    """The environment, with what `--atari` puts around it."""
+    if not args.atari:
+        return gym.make(args.env_id, **drawing, **args.env_kwargs)
+    kwargs = {"frameskip": 1, "max_episode_steps": 108_000} | args.env_kwargs  # frames
+    env = gym.wrappers.AtariPreprocessing(gym.make(args.env_id, **drawing, **kwargs))
+    space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+    stacked = gym.wrappers.FrameStackObservation(env, 4)
+    return gym.wrappers.TransformObservation(stacked, lambda obs: np.moveaxis(obs, 0, -1), space)
+
+
+class Run(Run):  # takes the place of the one above
+    """Evaluates side by side, as a search of many states costs little more than one of one, with `--eval-env-kwargs`;
+    a board game against random moves unless these name an opponent, as the return of self-play says nothing."""
+
+    def __init__(self, args: Args, agent: Agent, episodes: list[Episode], make: Callable[..., gym.Env]):
+        game = make().unwrapped
+        if episodes and isinstance(game, KInARow) and (args.gamma < 0) != (game.opponent is None):
+            raise Failure("--gamma must be -1 in self-play, and from 0 on with an opponent in --env-kwargs")
+        if getattr(make, "func", None) is make_env:  # no function of the caller's own
+            kwargs = args.env_kwargs | ({"opponent": "random"} if args.gamma < 0 and isinstance(game, KInARow) else {})
+            make = functools.partial(make_env, dataclasses.replace(args, env_kwargs=kwargs | args.eval_env_kwargs))
+        super().__init__(args, agent, episodes, make)
+        self.eval_envs = [self.eval_env] + [make() for _ in range(args.eval_episodes - 1)]
+
+    def play(self) -> tuple[list[Episode], list[Image.Image]]:
+        """As above, but all episodes at once."""
+        self.bar.set_description_str("evaluating")
+        limit = (self.eval_env.spec and self.eval_env.spec.max_episode_steps) or 1_000
+        episodes, frames = [Episode(env, self.args.seed, 2, index) for index, env in enumerate(self.eval_envs)], []
+        for episode in episodes:
+            episode.env.unwrapped.steps_made = self.step // self.args.num_envs
+            episode.reset()
+        playing = episodes
+        while playing:
+            if self.args.capture_video and playing[0] is episodes[0]:
+                frames.append(Image.fromarray(self.eval_env.render()).quantize())
+            actions = self.agent.act_greedily([e.obs for e in playing], [e.info for e in playing])
+            ended = [any(episode.step(action)[2:]) for episode, action in zip(playing, actions, strict=True)]
+            playing = [e for e, end in zip(playing, ended, strict=True) if not end and len(e.actions) < limit]
+        return episodes, frames
+
+
+def random_move(game: "KInARow") -> int:
+    """One of the moves that are allowed."""
+    moves = [action for action, _, _ in game.moves(game.own, game.other)]
+    return moves[game.np_random.integers(len(moves))]
+
+
+class KInARow(gym.Env):
+    """Two players take turns to put a stone on a board; who first has `k` in a row, in any direction, has won.
+
+    Observation, float32 (rows, columns, 2): the stones of the player whose turn it is, and the other's. Action: a
+    field, row * columns + column, or with `gravity` a column, down which the stone falls. Reward: 1, to who makes it,
+    for the move that wins, else 0. `info["action_mask"]` (A,) is 1 for what is allowed; anything else: ValueError.
+
+    With `opponent` None, the actions of both players are asked for in turn. "random" or "module:function", a function
+    from this game to a move: the other player is a part of the environment, begins every second episode on average, and
+    a loss has reward -1.
+    """
+
+    metadata: ClassVar = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}
+
+    def __init__(
+        self,
+        rows: int = 3,
+        columns: int = 3,
+        k: int = 3,
+        gravity: bool = False,
+        opponent: str | None = None,
+        render_mode: str | None = None,
+    ):
+        self.rows, self.columns, self.k, self.gravity, self.render_mode = rows, columns, k, gravity, render_mode
+        self.opponent = random_move if opponent == "random" else None
+        if opponent not in (None, "random"):
+            module, _, name = opponent.partition(":")
+            self.opponent = getattr(importlib.import_module(module), name)
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (rows, columns, 2), np.float32)
+        self.action_space = gym.spaces.Discrete(columns if gravity else rows * columns)
+        # The stones of a player are the bits of a number, and a row of k is such a number too.
+        self.lines: list[list[int]] = [[] for _ in range(rows * columns)]
+        directions = (0, 1), (1, 0), (1, 1), (1, -1)
+        for row, column, (down, right) in itertools.product(range(rows), range(columns), directions):
+            if row + (k - 1) * down < rows and 0 <= column + (k - 1) * right < columns:
+                fields = [(row + index * down) * columns + column + index * right for index in range(k)]
+                for field in fields:
+                    self.lines[field].append(sum(1 << other for other in fields))
+
+    def field(self, taken: int, action: int) -> int | None:
+        """Where the stone of an action comes to lie; None: it is not allowed."""
+        fields = range((self.rows - 1) * self.columns + action, -1, -self.columns) if self.gravity else [action]
+        return next((field for field in fields if not taken >> field & 1), None)
+
+    def moves(self, own: int, other: int) -> Iterator[tuple[int, int, bool]]:
+        """The actions that are allowed, the stones that the player then has, and whether that wins."""
+        for action in range(int(self.action_space.n)):
+            if (field := self.field(own | other, action)) is not None:
+                after = own | 1 << field
+                yield action, after, any(after & line == line for line in self.lines[field])
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.own, self.other, self.turns = 0, 0, 0
+        if self.opponent is not None and self.np_random.random() < 0.5:
+            self.put(self.opponent(self))
+        return self.observation()
+
+    def observation(self) -> tuple[np.ndarray, dict]:
+        """The board as the player to move sees it, and what is allowed."""
+        stones = [(self.own >> field & 1, self.other >> field & 1) for field in range(self.rows * self.columns)]
+        mask = np.zeros(self.action_space.n, np.int8)
+        mask[[action for action, _, _ in self.moves(self.own, self.other)]] = 1
+        return np.array(stones, np.float32).reshape(self.observation_space.shape), {"action_mask": mask}
+
+    def put(self, action: int) -> tuple[float, bool]:
+        """The move of the player whose turn it is, then it is the other's: reward and end."""
+        moves = {move: (after, won) for move, after, won in self.moves(self.own, self.other)}
+        if action not in moves:
+            raise ValueError(f"move {action} is not allowed")
+        after, won = moves[action]
+        self.own, self.other, self.turns = self.other, after, self.turns + 1
+        return float(won), won or self.turns == self.rows * self.columns
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, terminated = self.put(int(action))
+        if self.opponent is not None and not terminated:
+            lost, terminated = self.put(self.opponent(self))
+            reward -= lost
+        obs, info = self.observation()
+        return obs, reward, terminated, False, info
+
+    def render(self) -> str | np.ndarray | None:
+        """The board, X for who began: text, or pixels (48 * rows, 48 * columns, 3)."""
+        kind = self.observation()[0].astype(int) @ ([1, 2] if self.turns % 2 == 0 else [2, 1])
+        if self.render_mode == "ansi":
+            return "\n".join(" ".join(".XO"[i] for i in row) for row in kind)
+        if self.render_mode == "rgb_array":
+            palette = np.array([(240, 240, 240), (200, 60, 40), (60, 90, 200)], np.uint8)
+            pixels = palette[kind].repeat(48, axis=0).repeat(48, axis=1)
+            pixels[::48], pixels[:, ::48] = 90, 90
+            return pixels
+
+
+if "TicTacToe-v0" not in gym.registry:
+    gym.register("TicTacToe-v0", KInARow)
+    gym.register("KInARow-v0", KInARow, kwargs={"rows": 6, "columns": 7, "k": 4, "gravity": True})
+
+
+if __name__ == "__main__" and "__file__" in globals():  # which a notebook has not
     main()

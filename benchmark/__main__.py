@@ -7,11 +7,13 @@
     python -m benchmark report          all CSV files -> the tables of the README.md files
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero or dreamer is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
+    python -m benchmark play RUN        play against it yourself
 
 SUITE can be `every`: `all every` makes all from nothing, which takes days; `plot every` draws what has its CSV file.
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
 """
 
+import importlib
 import signal
 import sys
 from pathlib import Path
@@ -19,7 +21,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
-from . import speed_cem_mpc, speed_dreamer, speed_dyna_q, speed_mbpo, speed_muzero, tic_tac_toe
 from .collect import collect_suite
 from .plot import plot_suite
 from .plot import report as write_report
@@ -28,15 +29,20 @@ from .suites import RESULTS, SUITES, Incomplete, Suite
 
 HELP = f"One of {', '.join(SUITES)}; or every, for all of them."
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=HELP)]
-SPEED = {"dyna_q": speed_dyna_q.measure, "cem_mpc": speed_cem_mpc.measure, "mbpo": speed_mbpo.measure}
-SPEED |= {"muzero": speed_muzero.measure, "dreamer": speed_dreamer.measure}
-Script = Annotated[Literal[tuple(SPEED)], tyro.conf.Positional]
+Script = Annotated[Literal["dyna_q", "cem_mpc", "mbpo", "muzero", "dreamer"], tyro.conf.Positional]
 Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
 
 
 def fail(message: str, status: int) -> NoReturn:
     print(f"benchmark: error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def need_matplotlib() -> None:
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        fail(f"drawing needs pip install -r benchmark/requirements.txt: {error}", 2)
 
 
 def find_suites(name: str) -> list[Suite]:
@@ -81,6 +87,7 @@ def collect(suite: SuiteName) -> None:
 
 def plot(suite: SuiteName) -> None:
     """Draw the figure of a suite from its CSV file, and print its numbers; `every`: of all that have a CSV file."""
+    need_matplotlib()
     try:
         for each in find_suites(suite):
             if suite != "every" or (RESULTS / f"{each.name}.csv").exists():
@@ -91,6 +98,7 @@ def plot(suite: SuiteName) -> None:
 
 def run_collect_plot(suite: SuiteName, workers: Workers = 2) -> None:
     """Run, collect and plot a suite."""
+    need_matplotlib()
     run(suite, workers)
     collect(suite)
     plot(suite)
@@ -115,7 +123,8 @@ def speed(script: Script, peer: Path | None = None, rounds: int = 7, device: Lit
     if device == "cuda" and script != "dreamer":
         fail(f"{script} is measured on a CPU only", 2)
     try:
-        print(SPEED[script](peer, rounds) if device == "cpu" else SPEED[script](peer, rounds, device))
+        measure = importlib.import_module(f"benchmark.speed_{script}").measure
+        print(measure(peer, rounds) if device == "cpu" else measure(peer, rounds, device))
     except FileNotFoundError as error:
         fail(str(error), 2)
 
@@ -126,9 +135,25 @@ def games(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     Args:
         runs: Run folders of muzero.py.
     """
+    from . import tic_tac_toe
+
     try:
         print(tic_tac_toe.measure(list(runs)))
-    except FileNotFoundError as error:
+    except (OSError, tic_tac_toe.muzero.Failure) as error:
+        fail(str(error), 2)
+
+
+def play(run: tyro.conf.Positional[str]) -> None:
+    """Play against an agent.
+
+    Args:
+        run: Run folder of muzero.py.
+    """
+    from . import tic_tac_toe
+
+    try:
+        tic_tac_toe.play(run)
+    except (OSError, tic_tac_toe.muzero.Failure) as error:
         fail(str(error), 2)
 
 
@@ -147,6 +172,7 @@ if __name__ == "__main__":
         "report": report,
         "speed": speed,
         "games": games,
+        "play": play,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)

@@ -7,10 +7,10 @@ The hyperparameters are those of DLR-RM/rl-baselines3-zoo, commit 22e3ff2; an en
 gets the library's defaults. A run that is stopped begins anew when it is resumed.
 """
 
+import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mbpo
 
-SCRIPT = Path(__file__).stem
 PRESETS: dict[str, dict[str, Any]] = {}  # as in the scripts; here the zoo's settings take their place
 WIDE = {"policy_kwargs": {"net_arch": [256, 256]}}
 # n_timesteps: what schedules and exploration are stretched over, however many steps are made.
@@ -53,7 +52,7 @@ class Args:
 
     algorithm: Literal["sac", "dqn", "ppo"] = "sac"
     env_id: str = "Pendulum-v1"
-    env_kwargs: tuple[str, ...] = ()
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     total_timesteps: int = 20_000
     seed: int = 1
     threads: int = 1
@@ -63,6 +62,7 @@ class Args:
     resume: str | None = None
 
     # What the scripts' run folder asks for.
+    checkpoint_every: tyro.conf.Suppress[int] = 10**9
     evaluate: tyro.conf.Suppress[str | None] = None
     capture_video: tyro.conf.Suppress[bool] = False
 
@@ -97,51 +97,37 @@ class Agent:
         return {}
 
 
+class Run(mbpo.Run):
+    """The run folder, without a checkpoint."""
+
+    def save(self) -> None:
+        self.write("result.json", self.result)
+
+
 def train(args: Args) -> dict:
     """Trains a baseline; returns what is in result.json."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     torch.set_num_threads(args.threads)
-    agent = Agent(args)
-    name = f"{args.env_id}__{args.algorithm}__{args.seed}__{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-    path = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
-    episode = mbpo.Episode(mbpo.make_env(args), args.seed, 1)  # only counts
-    run = mbpo.Run(replace(args, resume=None), agent, [episode], path)  # begun anew: it has no checkpoint
-    saved = {"script": SCRIPT, "args": vars(args) | {"resume": None}, "made_with": [mbpo.provenance()]}
-    mbpo.write_json(path / "args.json", saved)
+    agent, make = Agent(args), functools.partial(mbpo.make_env, args)
+    episode = mbpo.Episode(make(), args.seed, 1)  # only counts
+    run = Run(args, agent, [episode], make)
+    steps = run.steps(agent.env.num_envs)
+    next(steps)
 
     class Log(BaseCallback):
         def _on_step(self) -> bool:
-            before, run.step = run.step, self.num_timesteps
-            run.bar.update(run.step - before)
             for info in self.locals["infos"]:
                 if found := info.get("episode"):
                     values = {"charts/episodic_return": float(found["r"]), "charts/episodic_length": float(found["l"])}
-                    run.log(run.step, values)
-                    episode.index += 1
-            if run.due(args.eval_every, before):
-                run.evaluate()
-            return run.step < args.total_timesteps
+                    run.log(values)
+                    episode.number += 1
+            return next(steps, None) is not None
 
     agent.model.learn(max(agent.n_timesteps, args.total_timesteps), callback=Log())
-    run.bar.close()
-    return run.finish()
-
-
-def main() -> None:
-    """The command line; what the user can fix is one line on stderr and status 2."""
-    args = tyro.cli(Args, description=__doc__)
-    try:
-        if args.resume:
-            saved = mbpo.json.loads((Path(args.resume) / "args.json").read_text())["args"]
-            args = Args(**saved | {"env_kwargs": tuple(saved["env_kwargs"]), "resume": args.resume})
-        train(args)
-    except (mbpo.Failure, ImportError, OSError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return run.result
 
 
 if __name__ == "__main__":
-    main()
+    mbpo.SCRIPT, mbpo.Args, mbpo.PRESETS, mbpo.train = Path(__file__).stem, Args, PRESETS, train
+    mbpo.main()

@@ -25,15 +25,15 @@ from .run import Job, jobs_of
 from .suites import ROOT, Suite
 
 KILLED = (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)  # exit statuses of a run that its node took along
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.json.gz")
 
 
 def pack(root: Path, run: Path) -> bytes:
-    """A run folder as a tar archive, with paths from `root` on. The run may go on meanwhile: checkpoints come before
-    the events, which may be more than they say."""
+    """A run folder as a tar archive, with paths from `root` on. The run may go on meanwhile, so what says least comes
+    first: the result is that of a checkpoint, and the events may be more than the checkpoint says."""
     with io.BytesIO() as buffer:
         with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for path in sorted(path for path in run.rglob("*") if path.is_file() and not path.name.startswith("new.")):
+            files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith("new.")]
+            for path in sorted(files, key=lambda path: (path.name != "result.json", path.name)):
                 with contextlib.suppress(FileNotFoundError):  # a checkpoint that is just being replaced
                     archive.add(path, path.relative_to(root))
         return buffer.getvalue()
@@ -61,7 +61,7 @@ def make_run(command: list[str], archive: bytes | None, every: float) -> Iterato
         try:
             while process.poll() is None:
                 time.sleep(every)
-                found = [path for name in CHECKPOINTS for path in root.rglob(name)]
+                found = list(root.rglob("checkpoint.*"))
                 if found and (written := found[0].stat().st_mtime_ns) != sent:
                     sent = written
                     yield pack(root, found[0].parent), None, ""

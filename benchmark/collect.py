@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from .model_error import error_by_disagreement, error_by_steps, optimism_by_steps
 from .run import find_runs, is_finished
 from .suites import RESULTS, Entry, Incomplete, Suite
 
@@ -21,10 +20,10 @@ COLUMNS = ["algorithm", "env", "seed", "env_steps", "return", "length"]
 RUN_COLUMNS = ["algorithm", "env", "seed", "env_steps", "episodes", "wall_seconds", "eval_return_mean"]
 TIME_COLUMNS = ["algorithm", "env", "seed", "env_steps", "wall_seconds"]
 GROUP = {"episodes": "charts", "evaluations": "eval"}
-MODEL_ERROR = {
-    "error by steps ahead": error_by_steps,
-    "error by disagreement": error_by_disagreement,
-    "optimism by steps ahead": optimism_by_steps,
+MODEL_ERROR = {  # functions of model_error.py, which needs PyTorch
+    "error by steps ahead": "error_by_steps",
+    "error by disagreement": "error_by_disagreement",
+    "optimism by steps ahead": "optimism_by_steps",
 }
 
 
@@ -49,7 +48,7 @@ def runs_of(suite: Suite) -> list[tuple[Entry, int, Path]]:
     """All runs of a suite in the order of its declaration; raises Incomplete if one is not there or not finished."""
     runs, missing = [], 0
     for entry in suite.entries:
-        found, _ = find_runs(suite, entry)
+        found = find_runs(suite, entry)
         finished = {seed: run for seed, run in found.items() if is_finished(run)}
         missing += sum(seed not in finished for seed in range(1, entry.seeds + 1))
         runs += [(entry, seed, finished[seed]) for seed in range(1, entry.seeds + 1) if seed in finished]
@@ -62,7 +61,10 @@ def rows_of(suite: Suite, run: Path) -> list[list[str]]:
     """Environment steps, return and length of each episode or evaluation of one run; or x and y of an error of its
     model, under the same names."""
     if suite.collect in MODEL_ERROR:
-        return [[str(x), number(error), "0"] for x, error in MODEL_ERROR[suite.collect](run)]
+        from . import model_error
+
+        points = getattr(model_error, MODEL_ERROR[suite.collect])(run)
+        return [[str(x), number(error), "0"] for x, error in points]
     group = GROUP[suite.collect]
     returns, lengths = read_scalars(run, f"{group}/episodic_return", f"{group}/episodic_length")
     needed = suite.first_episodes or 1  # a run without a row would drop out of the mean, and the worst runs first

@@ -19,11 +19,10 @@ Episode = tuple[Tensor, Tensor]  # obs (T + 1, obs_size), action (T, action_size
 
 def agent_of(run: Path) -> tuple[cem_mpc.Agent, cem_mpc.Episode]:
     """The agent of a run, and its environment with a new episode."""
-    args = cem_mpc.saved_args(str(run))
-    env = cem_mpc.make_env(args)
-    agent = cem_mpc.Agent(env.observation_space, env.action_space, args)
-    agent.load_state_dict(cem_mpc.read_checkpoint(run / cem_mpc.CHECKPOINT)["agent"])
-    return agent, cem_mpc.Episode(env, args.seed, 4)  # purpose 4: nothing in the script has it
+    agent = cem_mpc.load(run)
+    episode = cem_mpc.Episode(cem_mpc.make_env(agent.args), agent.args.seed, 4)
+    episode.reset(0)
+    return agent, episode
 
 
 def fresh_episodes(run: Path, count: int) -> tuple[cem_mpc.Agent, list[Episode]]:

@@ -1,24 +1,22 @@
 """Draws the figure of a suite from its CSV file, and prints the numbers behind it as a Markdown table.
 
 The SVG is made to be read on a light and on a dark page: nothing behind the axes, grey text, and colours that stand out
-from white and from black and that colour-blind eyes can tell apart (Okabe and Ito, 2008). The same CSV gives the same
-bytes.
+from white and from black and that colour-blind eyes can tell apart (Okabe and Ito, 2008). Of several baselines each has
+a grey and a kind of line of its own, which stands before its label. The same CSV gives the same bytes.
 """
 
 import csv
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from .suites import RESULTS, Incomplete, Suite
 
 GREY = "#808080"
+BASELINES = ((GREY, "-"), ("#999999", (0, (4, 1.5))), ("#666666", (0, (1, 1))))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LABEL_GAP = 0.06  # between two labels, as a fraction of the height of the axes
 STYLE = {
@@ -142,9 +140,11 @@ def over_minutes(runs: list[np.ndarray], times: list[np.ndarray]) -> tuple[np.nd
 
 
 def draw_panel(
-    axes: Axes, suite: Suite, env: str, algorithms: dict[str, list[np.ndarray]], times: dict | None = None
+    axes: Any, suite: Suite, env: str, algorithms: dict[str, list[np.ndarray]], times: dict | None = None
 ) -> None:
     """The curves of one environment, each with its label at its end; with `times`, over minutes."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set(ylim=suite.ylim, ylabel=suite.ylabel)
     if times is None:
         axes.set(xlim=suite.xlim, xlabel=suite.xlabel)
@@ -154,25 +154,32 @@ def draw_panel(
     axes.xaxis.set_major_formatter("{x:,.0f}")
     low, high = suite.ylim
     ours = dict.fromkeys(entry.label for entry in suite.entries if not entry.baseline)
-    colours, labels = dict(zip(ours, COLOURS[: len(ours)], strict=True)), []  # more lines than colours: an error
+    styles = {label: (colour, "-") for label, colour in zip(ours, COLOURS[: len(ours)], strict=True)}
+    greys = dict.fromkeys(entry.label for entry in suite.entries if entry.baseline)
+    styles |= dict(zip(greys, BASELINES[: len(greys)], strict=True))  # more lines than styles: an error
+    labels = []
     for entry in (entry for entry in suite.entries if entry.env_id == env):
         runs = algorithms[entry.label]
         x, scores = curves_of(suite, runs) if times is None else over_minutes(runs, times[env, entry.label])
         centre, lower, upper = summarize(suite, scores)
-        colour = GREY if entry.baseline else colours[entry.label]
-        axes.plot(x, centre, color=colour, linewidth=1.8, marker="o" if len(x) == 1 else None)
+        colour, dashes = styles[entry.label]
+        axes.plot(x, centre, color=colour, linewidth=1.8, linestyle=dashes, marker="o" if len(x) == 1 else None)
         axes.fill_between(x, lower, upper, color=colour, alpha=0.25, linewidth=0 if len(x) > 1 else 3)
-        labels.append((entry.label, colour, (centre[-1] - low) / (high - low)))
+        labels.append((entry.label, colour, (centre[-1] - low) / (high - low), dashes))
     for label, points in suite.published if times is None else ():
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=GREY, linewidth=1.4, linestyle="--", marker="o", markersize=3)
-        labels.append((label, GREY, (y[-1] - low) / (high - low)))
+        labels.append((label, GREY, (y[-1] - low) / (high - low), "--"))
     if suite.horizontal:
         height, text = suite.horizontal
         axes.axhline(height, color=GREY, linewidth=0.8)
-        labels.append((text, GREY, (height - low) / (high - low)))
-    for (text, colour, _), height in zip(labels, spread([label[2] for label in labels]), strict=True):
-        axes.text(1.015, height, text, color=colour, va="center", transform=axes.transAxes)
+        labels.append((text, GREY, (height - low) / (high - low), "-"))
+    several = len(greys) > 1
+    for (text, colour, _, dashes), height in zip(labels, spread([label[2] for label in labels]), strict=True):
+        if several:
+            sample = {"linestyle": dashes, "linewidth": 1.8, "transform": axes.transAxes, "clip_on": False}
+            axes.plot((1.015, 1.06), (height, height), color=colour, **sample)
+        axes.text(1.07 if several else 1.015, height, text, color=colour, va="center", transform=axes.transAxes)
     if suite.vertical and times is None:
         x, text = suite.vertical
         axes.axvline(x, color=GREY, linewidth=0.8, linestyle="--")
@@ -180,8 +187,11 @@ def draw_panel(
         axes.annotate(text, (x, high), va="top", fontsize=9, linespacing=1.3, **offset)
 
 
-def draw(suite: Suite, times: dict | None = None) -> Figure:
+def draw(suite: Suite, times: dict | None = None) -> Any:
     """The figure of a suite: a panel for each environment; with `times`, over minutes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     runs = read_runs(suite)
     with rc_context(STYLE):
         figure = Figure(figsize=(7 * len(runs), 4), layout="constrained")
@@ -290,6 +300,8 @@ def listed(values: list[float], digits: int) -> str:
 
 def plot_suite(suite: Suite) -> None:
     """Writes the SVG of a suite, a second one over minutes where a run takes any, and prints its tables."""
+    from matplotlib import rc_context
+
     figures = {f"{suite.name}.svg": draw(suite)}
     times = read_times(suite)
     if longest(times) >= 1:
@@ -317,8 +329,12 @@ def report(suites: list[Suite]) -> None:
     written = [(page_of(suite), suite.name, tables(suite)) for suite in suites]
     compared = [suite for suite in suites if suite.threshold is not None and "/" not in suite.name]
     written.append((RESULTS.parent / "claims" / "README.md", "factors", factors_table(compared)))
+    tables_of = Counter()
     for page, name, text in written:
         begin, end = f"<!-- {name} -->\n", "<!-- end -->"
         if page.exists() and begin in page.read_text():
             before, rest = page.read_text().split(begin, 1)
             page.write_text(before + begin + "\n" + text + "\n\n" + end + rest.split(end, 1)[1])
+            tables_of[page] += 1
+    for page, count in tables_of.items():
+        print(f"{count} tables written into {page}")

@@ -1,8 +1,8 @@
 """Makes the runs of a suite: each is a command that a user could type, several of them side by side.
 
-What was already made, for this suite or another one, is kept: a finished run is not repeated, an interrupted one is
-continued from its checkpoint. Both only if it was made with the arguments that the suite declares now. The script
-itself may have changed since: whoever changes a script deletes `benchmark/runs`.
+What was already made, for this suite or another one, is kept: a finished run is not repeated, an interrupted one goes
+on from its last checkpoint. Both only if it was made with the arguments that the suite declares now. The script itself
+may have changed since: whoever changes a script deletes `benchmark/runs`.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -49,7 +49,7 @@ class Job:
 
     def continued(self) -> "Job":
         """The same, from what is in the run folder by now."""
-        return Job(self.suite, self.entry, self.seed, find_runs(self.suite, self.entry)[0].get(self.seed))
+        return Job(self.suite, self.entry, self.seed, find_runs(self.suite, self.entry).get(self.seed))
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command])
@@ -91,22 +91,23 @@ def arguments_of(suite: Suite, entry: Entry) -> list[str]:
     return [*shlex.split(declared_arguments(suite, entry)), *run_dir]
 
 
-def find_runs(suite: Suite, entry: Entry) -> tuple[dict[int, Path], list[Path]]:
-    """Run folders made with the arguments that the suite declares, by seed, and those made with other arguments."""
-    script = Path(entry.script).stem
+def find_runs(suite: Suite, entry: Entry) -> dict[int, Path]:
+    """Run folders made with the arguments that the suite declares, by seed; says which others are there."""
     module = importlib.import_module(entry.script.removesuffix(".py").replace("/", "."))
     default = module.Args(**{"env_id": entry.env_id} | module.PRESETS.get(entry.env_id, {}))
-    args = tyro.cli(module.Args, default=default, args=arguments_of(suite, entry))
+    args = tyro.cli(module.Args, default=replace(default, env_kwargs={}), args=arguments_of(suite, entry))
+    args.env_kwargs = default.env_kwargs | args.env_kwargs
     declared = json.loads(json.dumps(vars(args)))  # as it would come back from the file: lists, not tuples
-    found, others = {}, []
+    found: dict[int, Path] = {}
     for path in sorted(folder_of(suite, entry).glob("*/args.json")):
         saved = json.loads(path.read_text())
-        same = comparable(saved["args"]) == comparable(declared)
-        if not same or saved["script"] != script:
-            others.append(path.parent)
+        if "versions" not in saved:
+            print(f"left aside, made by a script with run folders of another form: {path.parent.relative_to(ROOT)}")
+        elif saved["script"] != Path(entry.script).stem or comparable(saved["args"]) != comparable(declared):
+            print(f"left aside, made with other settings than the script has now: {path.parent.relative_to(ROOT)}")
         elif (seed := saved["args"]["seed"]) not in found or not is_finished(found[seed]):
             found[seed] = path.parent
-    return found, others
+    return found
 
 
 def comparable(args: dict) -> dict:
@@ -115,17 +116,19 @@ def comparable(args: dict) -> dict:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run got to its end."""
-    return (run / "result.json").exists()
+    """Whether a run got to its end: result.json is that of its last checkpoint."""
+    try:
+        saved, result = (json.loads((run / name).read_text()) for name in ("args.json", "result.json"))
+    except FileNotFoundError:
+        return False
+    return result.get("env_steps", 0) >= saved["args"]["total_timesteps"]
 
 
 def jobs_of(suite: Suite) -> list[Job]:
-    """What is left to do of a suite; says which run folders have to be left aside."""
+    """What is left to do of a suite."""
     jobs: list[Job] = []
     for entry in suite.entries:
-        found, others = find_runs(suite, entry)
-        for path in others:
-            print(f"left aside, made with other settings than the script has now: {path.relative_to(ROOT)}")
+        found = find_runs(suite, entry)
         jobs += [
             Job(suite, entry, seed, found.get(seed))
             for seed in range(1, entry.seeds + 1)
@@ -137,7 +140,7 @@ def jobs_of(suite: Suite) -> list[Job]:
 def run_suite(suite: Suite, workers: int) -> int:
     """Makes the missing runs, `workers` at a time; returns how many failed.
 
-    Ctrl-C and SIGTERM are passed on; the scripts write a checkpoint, from which the next call continues.
+    Ctrl-C and SIGTERM are passed on; the next call continues from the last checkpoints.
     """
     waiting = jobs_of(suite)
     total = sum(entry.seeds for entry in suite.entries)

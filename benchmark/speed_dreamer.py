@@ -63,7 +63,7 @@ def our_contestant(device: str, **options: bool) -> Contestant:
     args = dreamer.Args(**sizes, **options, horizon=HORIZON, num_envs=1, replay_size=ROWS, device=device)
     agent, steps = dreamer.Agent(OBSERVATION_SPACE, ACTION_SPACE, args), random_steps()
     for name, column in steps.items():
-        agent.replay.fixed[name][0] = column
+        agent.replay.columns[name][0] = column
     agent.replay.added[0] = ROWS
     return Contestant(count(agent.nets.parameters()), agent.update_once, lambda: agent.act(steps["vector"][0]))
 

@@ -35,12 +35,13 @@ class Plain:
         env = dyna_q.make_env(args)
         self.agent = agent = dyna_q.Agent(env.observation_space, env.action_space, args)
         episode = dyna_q.Episode(env, args.seed, 1)
+        episode.reset(0)
         steps = 0
-        while episode.index < EPISODES:
+        while episode.number < EPISODES:
             obs = episode.obs
             action = agent.act(obs)
             next_obs, reward, terminated, truncated = episode.step(action)
-            agent.observe(obs, action, reward, next_obs, terminated)
+            agent.observe(obs, action, reward, next_obs, terminated, truncated)
             agent.update()
             steps += 1
             if terminated or truncated:

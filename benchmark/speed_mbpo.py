@@ -57,7 +57,7 @@ def our_work() -> tuple[Work, Work, Work]:
 
     def imagine() -> int:
         obs = agent.data.obs[torch.randint(ROWS, (STARTS,))]
-        return sum(len(rows["obs"]) for rows in mbpo.imagine(agent.model, agent.actor, obs, 1, args, agent.generator))
+        return sum(len(rows["obs"]) for rows in agent.planner.imagine(obs, 1))
 
     return update_policy, update_model, imagine
 

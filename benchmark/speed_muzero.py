@@ -43,14 +43,12 @@ def make_agent(obs_size: int, actions: int, discount: float, **options: float) -
 
 def our_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
     """Both searches from the states of these observations."""
-    latent = agent.infer(agent.net.represent, obs)
-    _, logits, value = agent.heads(latent)
-    legal, discount = np.ones(logits.shape, bool), agent.args.gamma
+    latent, logits, value = agent.predict(obs)
+    legal = np.ones(logits.shape, bool)
     gumbel = agent.rng.gumbel(size=legal.shape)
 
     def run(search: Callable, *more: object) -> None:
-        tree = muzero.Tree(latent, logits, value, legal, SIMULATIONS)
-        search(agent.recurrent, tree, legal, discount, SIMULATIONS, *more)
+        search(agent.recurrent, muzero.Tree(latent, logits, value, legal, agent.args.gamma, SIMULATIONS), *more)
 
     return {
         "muzero.py, pUCT": lambda: run(muzero.muzero_search),
@@ -87,8 +85,7 @@ def mctx_searches(agent: muzero.Agent, obs: np.ndarray) -> dict[str, Work]:
         parts = {"reward": reward, "discount": jnp.full_like(reward, discount), "prior_logits": policy, "value": value}
         return mctx.RecurrentFnOutput(**parts), latent
 
-    latent = agent.infer(agent.net.represent, obs)
-    _, logits, value = agent.heads(latent)
+    latent, logits, value = agent.predict(obs)
     root = mctx.RootFnOutput(prior_logits=jnp.asarray(logits), value=jnp.asarray(value), embedding=jnp.asarray(latent))
     common, key = {"recurrent_fn": recurrent, "num_simulations": SIMULATIONS}, jax.random.PRNGKey(0)
     puct = jax.jit(lambda key: mctx.muzero_policy(None, key, root, dirichlet_fraction=0.0, **common).action_weights)
@@ -106,16 +103,16 @@ def lightzero_searches(path: Path, agent: muzero.Agent, obs: np.ndarray) -> dict
     spec = importlib.util.spec_from_file_location("mz_tree", library)
     tree = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tree)
-    latent = agent.infer(agent.net.represent, obs)
-    logits = agent.heads(latent)[1]
+    latent, logits, _ = agent.predict(obs)
     count, actions = logits.shape
     players, discount = [-1 if agent.args.gamma > 0 else 1] * count, abs(agent.args.gamma)
 
     @torch.inference_mode()
     def recurrent(latent: np.ndarray, action: list[int]) -> tuple:
-        latent = agent.net.dynamics(agent.parameters, torch.from_numpy(latent), torch.tensor(action))
-        reward, value, policy = agent.net.predict(agent.parameters, latent)
-        reward, value = muzero.expectation(torch.stack([reward, value]), not agent.net.two_players)
+        turns = agent.two_players
+        latent = muzero.dynamics(agent.parameters, torch.from_numpy(latent), torch.tensor(action), turns)
+        reward, value, policy = muzero.predict(agent.parameters, latent)
+        reward, value = muzero.expectation(torch.stack([reward, value]), not turns)
         return latent.numpy(), reward.tolist(), value.tolist(), policy.tolist()
 
     def work() -> None:

@@ -193,7 +193,7 @@ DECLARED = (
         entries=(
             Entry("Dyna-Q", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, baseline=True),
             Entry("bonus in planning", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3"),
-            Entry("bonus in acting", "dyna_q_plus.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3 --bonus-on action"),
+            Entry("bonus in acting", "benchmark/bonus_in_acting.py", "ShortcutMaze-v0", 6_000, 30, "--kappa 1e-3"),
             Entry("optimistic start", "dyna_q.py", "ShortcutMaze-v0", 6_000, 30, "--initial-q 1"),
         ),
         **SHORTCUT,
@@ -389,7 +389,7 @@ DECLARED = (
         name="tic_tac_toe",
         title="Tic-tac-toe by self-play: evaluation against perfect play, of which no more than 0 can be had",
         entries=(Entry("MuZero", "muzero.py", "TicTacToe-v0", 50_000, 5),),
-        arguments="",
+        arguments="--eval-env-kwargs opponent benchmark.tic_tac_toe:perfect",
         xlim=(0, 50_000),
         ylim=(-1, 0.05),
         table_at=(5_000, 10_000, 20_000, 30_000, 40_000, 50_000),
@@ -427,7 +427,7 @@ DECLARED = (
         title="Dreamer: a game of pictures, and a task of memory",
         entries=(
             Entry("Dreamer", "dreamer.py", "benchmark.tasks:Catch-v0", 8_000, 3, "--image-size 0"),
-            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Recall-v0", 8_000, 3, "--env-kwargs delay=3"),
+            Entry("Dreamer", "dreamer.py", "benchmark.tasks:Recall-v0", 8_000, 3, "--env-kwargs delay 3"),
         ),
         arguments="--eval-every 1000 --eval-episodes 50 --warmup 1000 --entropy-scale 3e-3",
         xlim=(0, 8_000),

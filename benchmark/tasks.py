@@ -1,13 +1,13 @@
 """Two small environments: one to be seen, in pictures, and one to be remembered.
 
 python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0 --warmup 1000 --entropy-scale 3e-3
-python dreamer.py --env-id benchmark.tasks:Recall-v0 --env-kwargs delay=3 --warmup 1000 --entropy-scale 3e-3
+python dreamer.py --env-id benchmark.tasks:Recall-v0 --env-kwargs delay 3 --warmup 1000 --entropy-scale 3e-3
 
 The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only, and
 the tasks of dm_control (`pip install shimmy "mujoco<4" dm_control`), with actions that are repeated:
 
 python muzero.py --env-id benchmark.tasks:MinAtar/Breakout-v1
-python dreamer.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task=reacher-easy repeat=2
+python dreamer.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task reacher-easy repeat 2
 """
 
 import contextlib

@@ -1,11 +1,17 @@
 """What the tests of several scripts need."""
 
+import ast
 import dataclasses
+import functools
 import importlib
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -42,6 +48,7 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 
 
+# --- running a script -------------------------------------------------------------------------------------------------
 def command(script: ModuleType | str, *args: object) -> list[str]:
     """The command that a user types."""
     name = script if isinstance(script, str) else script.__name__
@@ -65,6 +72,33 @@ def start(script: ModuleType | str, *args: object, cwd: Path = ROOT) -> subproce
     return subprocess.run(command(script, *args), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def run_script(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+    """The command line without a process of its own."""
+    if hasattr(script.Run, "resumable"):
+        del script.Run.resumable  # of an earlier run of this process
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers, path = [signal.getsignal(number) for number in signals], list(sys.path)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, with_tiny(script.__name__, args))])
+    try:
+        script.main()
+    finally:
+        sys.path[:] = path
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def complaint(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *args: object) -> str:
+    """Runs a command that has to fail as bad input has to: one line on stderr, which is returned, and status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, monkeypatch, *args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "WARN" not in line and "logger." not in line]
+    assert (stop.value.code, len(lines)) == (2, 1), lines
+    assert re.match(rf"{script.SCRIPT}.py: error: \S", lines[0])
+    return lines[0]
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
 def only_run(folder: Path) -> Path:
     """The one run folder in `folder`."""
     (run,) = folder.iterdir()
@@ -82,19 +116,33 @@ def scalars(run: Path, *without: str) -> list[tuple[str, int, float]]:
     ]
 
 
-def learned(script: ModuleType, run: Path) -> dict:
-    """All that the last checkpoint says but the wall clock, and the size of the event file, which follows from it."""
-    state = script.read_checkpoint(run / script.CHECKPOINT)
-    return {name: plain(value) for name, value in state.items() if name not in ("seconds", "events")}
+def checkpoint(script: ModuleType, run: Path) -> dict:
+    """The last checkpoint, with tensors as their bytes, so that == compares all of it."""
+    path = run / script.CHECKPOINT
+    if path.suffix == ".txt":
+        return plain(ast.literal_eval(path.read_text()))
+    import torch
+
+    return plain(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def plain(value: Any) -> Any:
-    """Nested state with tensors as their bytes, so that == compares all of it."""
+    """Nested state with tensors and arrays as their bytes."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
-    return (tuple(value.shape), value.numpy().tobytes()) if hasattr(value, "numpy") else value
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return (value.shape, str(value.dtype), value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def learned(script: ModuleType, run: Path) -> dict:
+    """All that the last checkpoint says but the clocks."""
+    state = checkpoint(script, run)
+    step, _, _, logged = state.pop("run")
+    state["result"].pop("wall_seconds", None)
+    return state | {"step": step, "logged": logged}
 
 
 def result(run: Path) -> dict:
@@ -104,6 +152,12 @@ def result(run: Path) -> dict:
     return values
 
 
+def outcome(script: ModuleType, run: Path) -> tuple:
+    """All that must be equal where a run was stopped and one was not: what was learned, the curves, the result."""
+    return learned(script, run), scalars(run, "charts/SPS"), result(run)
+
+
+# --- a world ----------------------------------------------------------------------------------------------------------
 class Corridor(gym.Env):
     """States 0 to 4, actions left and right, 1 for reaching state 4. `fault` breaks its 7th step or its 2nd reset. With
     `box`, states and actions are vectors of one number."""
@@ -136,18 +190,53 @@ class Corridor(gym.Env):
         right = float(action[0]) > -0.5 if self.box else bool(action)
         self.position = max(0, self.position + (1 if right else -1))
         self.steps += 1
-        obs, reward = self.observation(), float(self.position == 4)
+        reward = float(self.position == 4)
         if self.steps == 7:
             if self.fault == "step raises":
                 raise RuntimeError("the floor is wet")
-            numbers = {"nan": float("nan"), "inf": float("inf"), "huge": 1e20}
-            faults = {f"obs {name}": np.array([number]) if self.box else number for name, number in numbers.items()}
-            faults |= {"obs shape": np.zeros(3), "obs dtype": "here", "obs outside": 5}
-            obs = faults.get(self.fault, obs)
-            reward = {f"reward {name}": number for name, number in numbers.items()}.get(self.fault, reward)
-        return obs, reward, self.position == 4, False, {}
+            reward = {"reward nan": float("nan"), "reward inf": float("inf")}.get(self.fault, reward)
+        return self.observation(), reward, self.position == 4, False, {}
 
 
 gym.register("Corridor-v0", entry_point=Corridor)
 gym.register("BoxCorridor-v0", entry_point=Corridor, kwargs={"box": True})
 gym.register("ShortCorridor-v0", entry_point=Corridor, max_episode_steps=3)
+
+
+def corridor(script: ModuleType, limit: int = 20) -> Callable[..., gym.Env]:
+    """For `train`: makes a corridor that the script can walk in and that is not registered, with a time limit."""
+
+    def make(**drawing: str) -> gym.Env:
+        return gym.wrappers.TimeLimit(Corridor(box=script.__name__ in CORRIDOR, **drawing), limit)
+
+    return make
+
+
+def interrupted_at(script: ModuleType, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """From now on the agent's `observe` raises KeyboardInterrupt when it is called for the time numbered `call`."""
+    observe, calls = script.Agent.observe, []
+
+    @functools.wraps(observe)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(script.Agent, "observe", watched)
+
+
+def full_disk(script: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From the checkpoint of this number on there is no space left on the disk."""
+    opened = []
+
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
+            super().write(bytes(data)[:10])
+            raise OSError(28, "No space left on device")
+
+    def watched(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(path).name.endswith(script.CHECKPOINT) and "w" in mode)
+        return Full(path, mode) if opened[-1] and sum(opened) >= number else open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(script, "open", watched, raising=False)

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 BEGIN = "# Plumbing: the same in every script."
 TABULAR = {
     "checkpoint": "checkpoint.txt",
-    "changeable": "",
     "torch": "",
     "write": "file.write((repr(state) if name == CHECKPOINT else json.dumps(state, indent=2)).encode())",
     "read": "ast.literal_eval(Path(folder, CHECKPOINT).read_text())",
@@ -18,7 +17,6 @@ TABULAR = {
 }
 NEURAL = TABULAR | {
     "checkpoint": "checkpoint.pt",
-    "changeable": ', "device", "threads", "compile"',
     "torch": ', "torch"',
     "write": "torch.save(state, file) if name == CHECKPOINT else file.write(json.dumps(state, indent=2).encode())",
     "read": 'torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)',

@@ -1,14 +1,17 @@
 """cem_mpc.py against networks written out member by member, finite differences, exact control, and the traps."""
 
+import copy
 import dataclasses
+import functools
 import math
+import pickle
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import learned, only_run, tiny_args
+from conftest import learned, only_run, plain, scalars, tiny_args
 from torch import Tensor, nn
 
 import cem_mpc
@@ -482,7 +485,8 @@ def test_coloured_noise_has_unit_variance_and_its_colour(steps, beta):
 
 
 # --- agent ----------------------------------------------------------------------------------------------------------
-def pendulum_agent(steps: int = 60, **fields: object) -> tuple[Agent, np.ndarray]:
+def driven(steps: int = 60, **fields: object) -> tuple[Agent, np.ndarray]:
+    """An agent after so many steps in its environment, and the next observation."""
     args = small_args(**fields)
     env = gym.make(args.env_id)
     agent, (obs, _) = Agent(env.observation_space, env.action_space, args), env.reset(seed=0)
@@ -496,42 +500,174 @@ def pendulum_agent(steps: int = 60, **fields: object) -> tuple[Agent, np.ndarray
 
 
 def test_the_plan_is_shifted_within_an_episode_and_forgotten_at_its_end():
-    agent, obs = pendulum_agent()
+    agent, obs = driven()
     given: list[Tensor] = []
     planner = agent.planner
     agent.planner = lambda score, start, *rest: given.append(start) or planner(score, start, *rest)
-    agent.start = None
+    agent.starts = {}
     agent.act(obs)
     assert torch.equal(given[0], torch.zeros(1, 3, 1))
-    first = agent.start
+    first = agent.starts[0]
     agent.observe(obs, [0.0], 0.0, obs, False, False)
     agent.act(obs)
     assert torch.equal(given[1], first)
     assert torch.equal(first[0, -1], torch.zeros(1))
     for end in ((True, False), (False, True)):
         agent.observe(obs, [0.0], 0.0, obs, *end)
-        assert agent.start is None
+        assert agent.starts == {}
         agent.act(obs)
         assert torch.equal(given[-1], torch.zeros(1, 3, 1))
 
 
 def test_a_policy_has_a_plan_of_its_own():
-    agent, obs = pendulum_agent()
-    before = agent.generator.get_state().clone(), agent.start.clone()
+    agent, obs = driven()
+    before = agent.generator.get_state().clone(), agent.starts[0].clone()
     policy, again = agent.greedy_policy(5), agent.greedy_policy(5)
     assert [policy(obs) for _ in range(3)] == [again(obs) for _ in range(3)]
     assert torch.equal(agent.generator.get_state(), before[0])
-    assert torch.equal(agent.start, before[1])
+    assert torch.equal(agent.starts[0], before[1])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"planner": "icem"},
+        {"sampling": "ts1", "compile": True, "reward_fn": "test_cem_mpc:no_swing"},
+        {"env_id": "CartPole-v1", "terminal_value": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_a_copy_goes_on_like_the_original(fields, copied, monkeypatch):
+    monkeypatch.setattr(cem_mpc, "compiled", lambda function: function)  # to compile takes long
+    monkeypatch.setattr(cem_mpc.Value, "rounds", 2)
+    agent, obs = driven(60, **fields)
+    other = copied(agent)
+    assert other.metrics() == agent.metrics()
+    env = gym.make(agent.args.env_id)
+    env.reset(seed=5)
+    for _ in range(60):
+        action = agent.act(obs)
+        assert np.array_equal(action, other.act(obs))
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        for one in (agent, other):
+            one.observe(obs, action, reward, next_obs, terminated, truncated)
+            one.update()
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    assert agent.trained_at == other.trained_at > 60
+    assert plain(agent.state_dict()) == plain(other.state_dict())
+    assert other.metrics() == agent.metrics()
+
+
+def no_swing(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
+    return -(next_obs[..., 2] ** 2)
+
+
+def in_turn(agent: Agent, steps: int, ends: tuple[tuple[int, int], ...] = ()) -> None:
+    """Four environments, each of which moves by 1 a step, from 100 times its number."""
+    for step in range(steps):
+        for env in range(4):
+            obs = np.full(3, 100.0 * env + step)
+            agent.observe(obs, np.zeros(1), float(step % 3), obs + 1, False, (env, step) in ends, env)
+
+
+def test_several_environments_in_turn_are_told_apart():
+    agent, _ = driven(0)
+    in_turn(agent, 12, ends=((2, 3),))
+    episode = agent.data.column("episode")[:, 0].view(12, 4)
+    assert len(episode.unique()) == 5
+    assert [len(column.unique()) for column in episode.T] == [1, 1, 2, 1]
+    assert (episode[:4, 2] != episode[4, 2]).all()
+    agent.model.predict = lambda obs, action, layers: (torch.ones_like(obs), torch.zeros_like(obs))
+    logs = cem_mpc.diagnose(agent.model, agent.data, 8)
+    errors = {name: value for name, value in logs.items() if name.endswith("_steps")}
+    assert errors == {f"model/error_{steps}_steps": 0.0 for steps in (1, 5, 10)}  # none is longer than 12
+
+
+def test_each_environment_has_a_plan_of_its_own():
+    agent, obs = driven()
+    for env in (1, 2):
+        agent.act(obs, env)
+    plans = dict(agent.starts)
+    agent.observe(obs, [0.0], 0.0, obs, True, env=1)
+    assert set(agent.starts) == {0, 2}
+    agent.act(obs, 2)
+    assert torch.equal(agent.starts[0], plans[0])
+    assert not torch.equal(agent.starts[2], plans[2])
+
+
+def test_lambda_returns_of_several_environments_are_those_of_each():
+    agent, _ = driven(0)
+    in_turn(agent, 12, ends=((2, 3),))
+    value = cem_mpc.Value(OBS, generator())
+    with torch.no_grad():
+        together = value.lambda_returns(agent.data, 0.9).view(12, 4)
+        for env in range(4):
+            alone = Buffer(OBS, 1, torch.device("cpu"))
+            for row in range(env, 48, 4):
+                names = ("obs", "action", "reward", "delta", "terminated", "episode", "holdout")
+                alone.add(**{name: getattr(agent.data, name)[row] for name in names})
+            torch.testing.assert_close(together[:, env], value.lambda_returns(alone, 0.9))
+
+
+def test_discrete_actions_are_those_of_the_space():
+    space = gym.spaces.Discrete(3, start=5)
+    agent = Agent(gym.spaces.Box(-1, 1, (2,)), space, small_args(learning_starts=20))
+    actions = []
+    for _ in range(30):
+        actions.append(agent.act(np.zeros(2, np.float32)))
+        agent.observe(np.zeros(2), actions[-1], 0.0, np.ones(2), False)
+        agent.update()
+    assert {type(action) for action in actions} == {type(space.sample())}
+    assert set(actions[:20]) == {5, 6, 7}
+    assert agent.data.action[:30].argmax(1).tolist() == [action - 5 for action in actions]
+
+
+def test_what_is_stored_is_a_copy():
+    agent, _ = driven(0)
+    obs, action, next_obs = np.ones(3), np.ones(1), np.full(3, 3.0)
+    agent.observe(obs, action, 1.0, next_obs, False)
+    for array in (obs, action, next_obs):
+        array[:] = 9.0
+    assert (agent.data.obs[0].tolist(), agent.data.delta[0].tolist()) == ([1.0] * 3, [2.0] * 3)
+    assert agent.data.action[0].tolist() == [1.0]
+
+
+def test_what_goes_on_is_said():
+    agent, _ = driven(0)
+    said: list[str] = []
+    for row in range(80):
+        agent.observe(np.full(3, float(row)), np.zeros(1), 0.0, np.ones(3), False)
+        agent.update(said.append)
+    assert said == ["training the model", ""] * 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_elites": 5},
+        {"num_best": 9},
+        {"particles": 3},
+        {"weight_decay": (0.0, 0.0)},
+        {"weight_decay": (0.0, 0.0, math.nan)},
+        {"hidden": (16, 0)},
+        {"planner": "gradient", "env_id": "CartPole-v1"},
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_each_other_are_refused(fields):
+    with pytest.raises(cem_mpc.Failure, match="--" + next(iter(fields)).replace("_", "-")):
+        driven(0, **fields)
 
 
 def test_differences_are_taken_before_they_are_rounded():
-    agent, _ = pendulum_agent(0)
+    agent, _ = driven(0)
     agent.observe(np.array([1e6, 0, 0]), np.zeros(1), 0.0, np.array([1e6 + 1e-3, 0, 0]), False)
     assert agent.data.delta[0, 0].item() == pytest.approx(1e-3, rel=1e-6)
 
 
 def test_actions_cover_the_range_of_the_environment():
-    agent, obs = pendulum_agent(0)
+    agent, obs = driven(0)
     actions = np.array([agent.act(obs) for _ in range(500)])
     assert actions.min() < -1.95
     assert actions.max() > 1.95
@@ -541,7 +677,7 @@ def test_actions_cover_the_range_of_the_environment():
 
 
 def test_holdout_is_capped():
-    agent, _ = pendulum_agent(120, holdout_ratio=0.5, max_holdout=10)
+    agent, _ = driven(120, holdout_ratio=0.5, max_holdout=10)
     assert agent.data.holdout.sum() == 10
 
 
@@ -570,10 +706,10 @@ def test_buffer_grows_and_keeps_what_it_holds():
 
 
 def test_a_checkpoint_of_another_kind_of_device_is_read():
-    agent, obs = pendulum_agent()
+    agent, obs = driven()
     state = agent.state_dict()
     state["generator"] = {"cuda": torch.zeros(16, dtype=torch.uint8)}
-    other, _ = pendulum_agent(0)
+    other, _ = driven(0)
     other.load_state_dict(state)
     assert np.isfinite(other.act(obs)).all()
 
@@ -592,14 +728,14 @@ def test_actions_have_the_type_of_the_environments():
 
 def test_the_first_row_is_always_one_to_train_on():
     for seed in range(20):
-        agent, _ = pendulum_agent(0, seed=seed, holdout_ratio=0.9, learning_starts=1)
+        agent, _ = driven(0, seed=seed, holdout_ratio=0.9, learning_starts=1)
         agent.observe(np.zeros(3), np.zeros(1), 0.0, np.ones(3), False)
         agent.update()
         assert agent.trained_at == 1
 
 
 def test_given_functions_relabel_what_is_stored():
-    agent, _ = pendulum_agent(0)
+    agent, _ = driven(0)
     agent.reward_fn = lambda obs, action, next_obs: next_obs[..., 0] + action[..., 0]
     agent.termination_fn = lambda obs, action, next_obs: next_obs[..., 1] > 2
     agent.observe(np.zeros(3), np.ones(1), 99.0, np.array([5.0, 3.0, 0.0]), False)
@@ -769,26 +905,35 @@ def test_value_is_learned_from_scratch_each_time():
     assert all(torch.equal(*pair) for pair in zip(one.layers, two.layers, strict=True))
 
 
+def saved(run: Path) -> dict:
+    """What a checkpoint says of the agent."""
+    return torch.load(run / cem_mpc.CHECKPOINT, weights_only=True)["agent"]
+
+
 def test_init_from_plans_with_another_runs_model_and_data(tmp_path, monkeypatch):
     cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
     first = only_run(tmp_path / "a")
     (tmp_path / "task.py").write_text("def stand_still(obs, action, next_obs):\n    return -next_obs[..., 2] ** 2\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     task = {"init_from": str(first), "reward_fn": "task:stand_still", "total_timesteps": 0, "eval_episodes": 1}
     outcome = cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), **task))
     assert outcome["env_steps"] == 0
     assert math.isfinite(outcome["eval_return_mean"])
-    state = cem_mpc.read_checkpoint(first / "checkpoint.pt")["agent"]
-    agent = Agent(gym.make("Pendulum-v1").observation_space, gym.make("Pendulum-v1").action_space, small_args(**task))
+    state, agent = saved(first), driven(0, **task)[0]
+    cem_mpc.init_from(agent, str(first))
     assert all(torch.equal(value, state["model"][name]) for name, value in agent.model.state_dict().items())
     assert agent.data.size == 80
-    evaluated = dataclasses.replace(small_args(**task), evaluate=str(only_run(tmp_path / "b")))
     first.rename(tmp_path / "moved")  # from now on it is not needed
-    again = cem_mpc.train(evaluated)
-    assert again["eval_return_mean"] == outcome["eval_return_mean"]
+    agent = cem_mpc.load(only_run(tmp_path / "b"))
+    evaluated = dataclasses.replace(agent.args, evaluate=str(only_run(tmp_path / "b")))
+    run = cem_mpc.Run(evaluated, agent, [], functools.partial(cem_mpc.make_env, evaluated))
+    run.evaluate()
+    assert run.result["eval_return_mean"] == outcome["eval_return_mean"]
     task["init_from"] = str(tmp_path / "moved")
     cem_mpc.train(small_args(run_dir=str(tmp_path / "c"), **task | {"reward_fn": None, "total_timesteps": 60}))
-    assert len(cem_mpc.read_checkpoint(only_run(tmp_path / "c") / "checkpoint.pt")["agent"]["data"]["obs"]) == 140
+    data = saved(only_run(tmp_path / "c"))["data"]
+    assert len(data["obs"]) == 140
+    assert data["episode"][[79, 80, 139]].tolist() == [0, 80, 80]  # the new one begins with an episode of its own
     # What the function said is in the data of the second run; without it the rewards would be mixed.
     task["init_from"] = str(only_run(tmp_path / "b"))
     with pytest.raises(cem_mpc.Failure, match="was made with --reward-fn"):
@@ -799,10 +944,10 @@ def test_init_from_learns_the_value_to_the_end(tmp_path, monkeypatch):
     """A new value needs several fits: with a reward of 1 for ever, 1 / (1 - gamma)."""
     cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
     (tmp_path / "one.py").write_text("def one(obs, action, next_obs):\n    return 0 * obs[..., 0] + 1\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     task = {"init_from": str(only_run(tmp_path / "a")), "reward_fn": "one:one", "terminal_value": True, "gamma": 0.99}
-    env = gym.make("Pendulum-v1")
-    agent = Agent(env.observation_space, env.action_space, small_args(**task))
+    agent, _ = driven(0, **task)
+    cem_mpc.init_from(agent, task["init_from"])
     assert agent.value(agent.data.column("obs")).mean() > 90
 
 
@@ -835,10 +980,32 @@ def test_init_from_killed_before_its_first_checkpoint_starts_there_again(tmp_pat
     cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=str(source), total_timesteps=30))
     run = only_run(tmp_path / "b")
     whole = learned(cem_mpc, run)
-    for path in run.glob(f"*{cem_mpc.CHECKPOINT}"):
-        path.unlink()
+    (run / cem_mpc.CHECKPOINT).unlink()
     cem_mpc.train(dataclasses.replace(cem_mpc.saved_args(str(run)), resume=str(run)))
     assert learned(cem_mpc, run) == whole
+    source.rename(tmp_path / "moved")  # once there is a checkpoint, the other run is not needed
+    cem_mpc.train(dataclasses.replace(cem_mpc.saved_args(str(run)), resume=str(run), total_timesteps=40))
+    assert len(saved(run)["data"]["obs"]) == 120
+
+
+def test_without_a_step_it_evaluates_what_it_starts_from_and_saves_it(tmp_path):
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
+    task = {"init_from": str(only_run(tmp_path / "a")), "total_timesteps": 0, "eval_episodes": 2}
+    outcome = cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), **task))
+    run = only_run(tmp_path / "b")
+    assert (outcome["env_steps"], outcome["eval_episodes"]) == (0, 2)
+    assert ("eval/episodic_return", 0) in [point[:2] for point in scalars(run)]
+    cem_mpc.train(dataclasses.replace(cem_mpc.saved_args(str(run)), resume=str(run)))
+    assert [tag for tag, *_ in scalars(run)].count("eval/episodic_return") == 1  # it has been done already
+
+
+def test_what_is_learned_is_logged_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cem_mpc.Value, "rounds", 2)
+    cem_mpc.train(small_args(run_dir=str(tmp_path), total_timesteps=150, eval_episodes=1, terminal_value=True))
+    points = scalars(only_run(tmp_path))
+    for tag in ("losses/model_loss", "losses/value_loss", "model/holdout_mse"):
+        assert [step for name, step, _ in points if name == tag] == [30, 70, 110, 150]
+    assert [step for name, step, _ in points if name == "model/error_5_steps"] == [70, 110, 150]
 
 
 @pytest.mark.parametrize(
@@ -856,7 +1023,7 @@ def test_init_from_killed_before_its_first_checkpoint_starts_there_again(tmp_pat
 )
 def test_every_planner_and_kind_of_action_runs_through(fields, tmp_path):
     args = small_args(run_dir=str(tmp_path), total_timesteps=60, eval_episodes=1, **fields)
-    short = dataclasses.replace(args, env_kwargs=("max_episode_steps=30",))
+    short = dataclasses.replace(args, env_kwargs={"max_episode_steps": 30})
     assert math.isfinite(cem_mpc.train(short)["eval_return_mean"])
 
 

@@ -1,28 +1,30 @@
 """dreamer.py against golden values of the authors' code, brute force, and step-by-step acting."""
 
-import dataclasses
+import copy
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import learned, only_run, tiny_args
+from conftest import ROOT, only_run, tiny_args
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.nn import functional as F
 
 import dreamer
 from dreamer import Latent, Percentiles, Shapes
 
-GOLDEN = os.environ.get("DREAMER_GOLDEN")  # a JSON file; the arrays are in an .npz file beside it
-golden_only = pytest.mark.skipif(not GOLDEN, reason="DREAMER_GOLDEN does not name the file")
+# A JSON file; the arrays are in an .npz file beside it.
+GOLDEN = os.environ.get("DREAMER_GOLDEN", ROOT / "tests" / "golden" / "dreamer_golden.json")
 CPU = torch.device("cpu")
 BINS = dreamer.make_bins()
 
@@ -55,7 +57,6 @@ def tensor(values: object) -> torch.Tensor:
 
 
 # --- golden values --------------------------------------------------------------------------------------------------
-@golden_only
 def test_golden_formulas(golden):
     torch.testing.assert_close(dreamer.symlog(tensor(golden["symlog"]["x"])), tensor(golden["symlog"]["symlog"]))
     wanted = tensor(golden["symlog"]["symexp_of_symlog"])
@@ -79,7 +80,6 @@ def test_golden_formulas(golden):
         assert value.item() == pytest.approx(normal[name], abs=1e-5)
 
 
-@golden_only
 def test_golden_returns_and_losses(golden):
     given_ = golden["lambda_return"]
     last, term, rew, val = (tensor(given_[name]) for name in ("last", "term", "rew", "val"))
@@ -94,14 +94,13 @@ def test_golden_returns_and_losses(golden):
     policy = dreamer.Policy(arrays["policy_logits"].log_softmax(-1))
     action = F.one_hot(arrays["act"].long(), 3).float()
     log_density, entropy = policy.log_density(action)[:, :-1], policy.entropy()[:, :-1]
-    settings = arrays["vl"], arrays["sl"], BINS, Percentiles(CPU)
-    losses = dreamer.imagination_loss(arrays["rew"], arrays["con"], log_density, entropy, *settings)
+    given_ = arrays["rew"], arrays["con"], log_density, entropy, arrays["vl"], arrays["sl"]
+    losses = small_agent().imagination_loss(*given_)
     for got, name in zip(losses, ("policy", "value", "ret"), strict=True):
         # Returns are some 100,000 here: what is a difference of such numbers is known to 1e-5 of them.
         torch.testing.assert_close(got, arrays[name], rtol=1e-5, atol=1e-5 * arrays[name].abs().max().item())
 
 
-@golden_only
 def test_golden_optimizer(golden):
     weight, bias = (torch.nn.Parameter(tensor(values)) for values in ([[1, 2], [3, 4]], [0, 0]))
     optimizer = dreamer.LaProp([weight, bias], lr=0.01, warmup=0)
@@ -184,9 +183,7 @@ def test_lambda_return_by_brute_force_over_ends_of_episodes():
 def test_weights_of_imagined_steps_include_the_first_states_own():
     con, zeros = tensor([[0.5, 0.8, 1.0, 0.3]]), torch.zeros(1, 4)
     uniform, entropy = torch.zeros(1, 4, 255), torch.ones(1, 3)
-    policy, value, _ = dreamer.imagination_loss(
-        zeros, con, torch.zeros(1, 3), entropy, uniform, uniform, BINS, Percentiles(CPU)
-    )
+    policy, value, _ = small_agent().imagination_loss(zeros, con, torch.zeros(1, 3), entropy, uniform, uniform)
     wanted = tensor([[0.5, 0.4, 0.4]])
     torch.testing.assert_close(policy, -3e-4 * wanted)
     torch.testing.assert_close(value, 2 * math.log(255) * wanted)
@@ -199,16 +196,15 @@ def test_range_of_returns_is_updated_before_it_is_used_and_never_below_one():
 
 
 def test_gradient_goes_straight_through_samples():
-    logits = torch.randn(2, 3, 4, generator=generator(), requires_grad=True)
-    log_prob = dreamer.unimix(logits)
-    sample = dreamer.straight_through(
-        dreamer.sample_onehot(log_prob.detach(), dreamer.gumbel((2, 3, 4), generator(1))), log_prob
-    )
-    weights = torch.randn(2, 3, 4, generator=generator(2))
-    (got,) = torch.autograd.grad((weights * sample).sum(), logits, retain_graph=True)
-    (wanted,) = torch.autograd.grad((weights * log_prob.exp()).sum(), logits)
+    agent = small_agent()
+    rssm, weights = agent.nets.rssm, torch.randn(2, 32, 4, generator=generator(2))
+    parts = rssm.initial(2), torch.zeros(2, 2), torch.zeros(2, dtype=torch.bool)
+    latent, posterior = rssm.observe_step(*parts, torch.randn(2, 64), rssm.noise(2, generator=generator(1)))
+    bias = rssm.posterior[-1].bias
+    (got,) = torch.autograd.grad((weights * latent.stoch).sum(), bias, retain_graph=True)
+    (wanted,) = torch.autograd.grad((weights * posterior.exp()).sum(), bias)
     torch.testing.assert_close(got, wanted)
-    assert set(sample.detach().round(decimals=5).flatten().tolist()) == {0.0, 1.0}
+    assert set(latent.stoch.detach().round(decimals=5).flatten().tolist()) == {0.0, 1.0}
 
 
 def test_samples_follow_their_probabilities():
@@ -233,7 +229,7 @@ def steps_of(agent: dreamer.Agent, length: int, ends: tuple[int, ...], terminate
     obs = rng.normal(size=3).astype(np.float32)
     for step in range(length):
         action = agent.act(obs)
-        done.append({"obs": obs, "action": action, "latent": agent.latent, "chosen": agent.action})
+        done.append({"obs": obs, "action": action, "latent": Latent(*(part.clone() for part in agent.latent))})
         following = rng.normal(size=3).astype(np.float32)
         end = step in ends
         agent.observe(obs, action, float(step), following, end and terminated, end and not terminated)
@@ -244,26 +240,26 @@ def steps_of(agent: dreamer.Agent, length: int, ends: tuple[int, ...], terminate
 def test_stream_has_rewards_with_the_observation_that_they_came_with():
     agent = small_agent(num_envs=1)
     done = steps_of(agent, 6, (2,))
-    fixed = agent.replay.fixed
+    columns = agent.replay.columns
     assert agent.replay.added.tolist() == [7]
-    assert fixed["reward"][0, :7].tolist() == [0, 0, 1, 2, 0, 3, 4]
-    assert fixed["is_first"][0, :7].tolist() == [True, False, False, False, True, False, False]
-    assert fixed["is_last"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
-    assert fixed["is_terminal"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
+    assert columns["reward"][0, :7].tolist() == [0, 0, 1, 2, 0, 3, 4]
+    assert columns["is_first"][0, :7].tolist() == [True, False, False, False, True, False, False]
+    assert columns["is_last"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
+    assert columns["is_terminal"][0, :7].tolist() == [False] * 3 + [True] + [False] * 3
     rows = [0, 1, 2, 4, 5, 6]
     for row, step in zip(rows, done, strict=True):
         vector = np.sign(step["obs"]) * np.log1p(np.abs(step["obs"]))
-        np.testing.assert_allclose(fixed["vector"][0, row], vector, rtol=1e-6)
-        assert fixed["action"][0, row].argmax() == step["action"]
-        np.testing.assert_array_equal(agent.replay.deter[0, row], step["latent"].deter[0].numpy())
-    assert not fixed["action"][0, 3].any()  # at the end nothing is chosen
+        np.testing.assert_allclose(columns["vector"][0, row], vector, rtol=1e-6)
+        assert columns["action"][0, row].argmax() == step["action"]
+        np.testing.assert_array_equal(agent.replay.columns["deter"][0, row], step["latent"].deter[0].numpy())
+    assert not columns["action"][0, 3].any()  # at the end nothing is chosen
 
 
 def test_truncation_is_last_but_not_terminal():
     agent = small_agent(num_envs=1)
     steps_of(agent, 4, (1,), terminated=False)
-    assert agent.replay.fixed["is_last"][0, :5].tolist() == [False, False, True, False, False]
-    assert not agent.replay.fixed["is_terminal"].any()
+    assert agent.replay.columns["is_last"][0, :5].tolist() == [False, False, True, False, False]
+    assert not agent.replay.columns["is_terminal"].any()
 
 
 def test_observing_sequences_is_what_acting_did_step_by_step(monkeypatch):
@@ -274,7 +270,7 @@ def test_observing_sequences_is_what_acting_did_step_by_step(monkeypatch):
     agent = small_agent(num_envs=1)
     done = steps_of(agent, 12, (3, 8))
     where = np.array([[0]]), np.arange(14)[None]
-    batch = agent.tensors({name: column[where] for name, column in agent.replay.fixed.items()})
+    batch = agent.tensors({name: column[where] for name, column in agent.replay.columns.items()})
     previous = torch.cat([torch.full((1, 1, 2), 7.0), batch["action"][:, :-1]], 1)  # before the first: ignored
     junk = Latent(torch.ones(1, 512), torch.ones(1, 32, 4))  # so is what was before
     settings = previous, batch["is_first"], agent.nets.encoder(batch), agent.generator
@@ -301,9 +297,9 @@ def test_no_updates_are_owed_for_steps_before_there_was_a_sequence(monkeypatch):
     monkeypatch.setattr(agent, "update_once", lambda: made.append(agent.steps) or setattr(agent, "updates", len(made)))
     ratio, obs = args.train_ratio / (args.batch_size * args.batch_length), np.zeros(3, np.float32)
     for _ in range(30):
-        actions = agent.act_many(8 * [obs], 8 * [None])
+        actions = agent.act_many(8 * [obs])
         for env in range(8):
-            agent.observe(obs, actions[env], 0.0, obs, False, env=env)
+            agent.observe(obs, actions[env], 0.0, obs, False, False, env=env)
         before = len(made)
         agent.update()
         assert len(made) - before <= np.ceil(8 * ratio)
@@ -311,27 +307,24 @@ def test_no_updates_are_owed_for_steps_before_there_was_a_sequence(monkeypatch):
 
 
 def test_imagination_starts_from_the_last_states_of_each_sequence(monkeypatch):
-    agent, imagined, replayed = small_agent(), [], []
+    agent, imagined, replayed = small_agent(horizon=3, imagination_starts=2), [], []
     for network in (agent.nets.reward, agent.nets.critic):  # whose last layer is zero at first
         torch.nn.init.normal_(network[-1].weight, generator=generator(7))
-    step, value = agent.nets.rssm.imagine_step, dreamer.replay_value_loss
+    step, returns, loss = agent.nets.rssm.imagine_step, dreamer.lambda_return, dreamer.critic_loss
 
     def recorded_step(latent: Latent, *rest: object) -> Latent:
         imagined.append(latent.deter)
         return step(latent, *rest)
 
-    def recorded_value(*parts: object) -> torch.Tensor:
-        replayed.append(parts)
-        return value(*parts)
-
     monkeypatch.setattr(agent.nets.rssm, "imagine_step", recorded_step)
-    monkeypatch.setattr(dreamer, "replay_value_loss", recorded_value)
+    monkeypatch.setattr(dreamer, "lambda_return", lambda *parts: replayed.append(parts) or returns(*parts))
+    monkeypatch.setattr(dreamer, "critic_loss", lambda *parts: replayed.append(parts) or loss(*parts))
     batch, start = some_batch(agent)
-    settings = batch, start, Percentiles(CPU), generator(), 3, 2, 0.99
-    _, latent, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    _, latent, _ = agent.loss(batch, start)
     assert [len(deter) for deter in imagined] == 3 * [4]
     torch.testing.assert_close(imagined[0], latent.deter[:, -2:].flatten(0, 1))
-    ((_, _, reward, boot, critic, *_),) = replayed  # the critic learns from all states
+    (_, _, (_, _, reward, boot, gamma), (critic, *_)) = replayed  # the critic learns from all states
+    assert gamma == agent.args.gamma
     torch.testing.assert_close(reward, batch["reward"])
     torch.testing.assert_close(critic, agent.nets.critic(latent.feature()))
     values = dreamer.two_hot_mean(critic, agent.nets.bins)
@@ -344,8 +337,7 @@ def gradients(agent: dreamer.Agent, name: str) -> set[str]:
     """The networks that one loss has a gradient with respect to."""
     for network in (agent.nets.reward, agent.nets.critic, agent.slow_critic):  # whose last layer is zero at first
         torch.nn.init.normal_(network[-1].weight, generator=generator(7))
-    settings = *some_batch(agent), Percentiles(CPU), generator(), 3, 9, 0.99
-    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    losses, _, _ = agent.loss(*some_batch(agent))
     agent.nets.zero_grad()
     losses[name].backward()
     return {
@@ -379,13 +371,12 @@ def test_each_loss_trains_what_it_should_and_nothing_else(loss, trained):
 def test_priors_and_posteriors_are_pulled_to_each_other_only_above_the_free_nats():
     agent = small_agent()
     batch, start = some_batch(agent)
-    settings = batch, start, Percentiles(CPU), generator(), 3, 9, 0.99
-    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    losses, _, _ = agent.loss(batch, start)
     assert losses["dyn"] >= 1
     assert losses["rep"] >= 1
     for network in (agent.nets.rssm.prior, agent.nets.rssm.posterior):
         torch.nn.init.zeros_(network[-1].weight)  # then both are uniform
-    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    losses, _, _ = agent.loss(batch, start)
     assert losses["dyn"] == 1
     (gradient,) = torch.autograd.grad(losses["dyn"], [agent.nets.rssm.prior[-1].bias])
     assert not gradient.any()
@@ -396,7 +387,7 @@ def test_slow_critic_follows_after_each_update():
     steps_of(agent, 20, (7,))
     agent.update_once()
     before = [parameter.clone() for parameter in agent.slow_critic.parameters()]
-    agent.optimizer.warmup, agent.optimizer.param_groups[0]["lr"] = 0, 0.1
+    agent.optimizer.warmup, agent.optimizer.lr = 0, 0.1
     agent.update_once()
     for old, slow, new in zip(before, agent.slow_critic.parameters(), agent.nets.critic.parameters(), strict=True):
         torch.testing.assert_close(slow, old + 0.02 * (new - old))
@@ -418,8 +409,12 @@ def test_bounded_actions_are_scaled_and_cut():
     low, high = np.array([[-1.0, 0.0], [3.0, 10.0]], np.float32)
     space = gym.spaces.Box(low, high)
     agent = small_agent(action=space)
-    np.testing.assert_allclose(agent.to_env(torch.tensor([0.0, 1.0])), [1.0, 10.0])
-    np.testing.assert_allclose(agent.to_env(torch.tensor([-7.0, -1.0])), [-1.0, 0.0])
+    np.testing.assert_allclose(dreamer.to_env(torch.tensor([0.0, 1.0]), space), [1.0, 10.0])
+    np.testing.assert_allclose(dreamer.to_env(torch.tensor([-7.0, -1.0]), space), [-1.0, 0.0])
+    for share in ([0.5, -0.25], [-1.0, 1.0]):
+        np.testing.assert_allclose(
+            dreamer.to_model(dreamer.to_env(torch.tensor(share), space), space), share, atol=1e-6
+        )
     state, big = agent.nets.rssm.initial(1), torch.tensor([[4.0, -0.5]])
     torch.testing.assert_close(agent.nets.rssm.core(state, big), agent.nets.rssm.core(state, torch.tensor([[1, -0.5]])))
 
@@ -490,22 +485,30 @@ def test_decoder_gives_back_pictures_of_the_encoders_size(side):
 
 
 def test_a_run_on_pictures(tmp_path):
-    args = small_args(env_id="Pictures-v0", run_dir=str(tmp_path), total_timesteps=60, image_size=16, eval_episodes=1)
-    outcome = dreamer.train(args)
+    settings = {"total_timesteps": 60, "image_size": 16, "batch_length": 8, "eval_episodes": 1, "train_ratio": 8.0}
+    outcome = dreamer.train(small_args(env_id="Pictures-v0", run_dir=str(tmp_path), **settings))
     assert 0 <= outcome["eval_return_mean"] <= 8
-    state = dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"]
-    assert state["replay"]["image"].dtype == torch.uint8
+    agent = dreamer.load(only_run(tmp_path))
+    assert agent.replay.columns["image"].dtype == np.uint8
+    assert agent.replay.columns["image"].any()
+    assert dreamer.open_loop(agent).size == (5 * 8 * 16, 5 * 2 * 16 + 32)
+    (file,) = only_run(tmp_path).glob("events.*")
+    events = [event for event in EventFileLoader(str(file)).Load() if event.summary.value[0].tag == "model/open_loop"]
+    steps = [event.step for event in events]
+    assert steps[0] > 30  # none before the first update
+    assert len(steps) == len(set(steps)) > 5
+    assert events[0].summary.value[0].tensor.string_val[2].startswith(b"\x89PNG")
 
 
 # --- replay ---------------------------------------------------------------------------------------------------------
-def filled(streams: int = 2, capacity: int = 20, length: int = 4, steps: int = 15, folder: Path | None = None, spare=0):
+def filled(streams: int = 2, capacity: int = 20, length: int = 4, steps: int = 15) -> dreamer.Replay:
     shapes, size = Shapes(1, None, 2, True), dreamer.SIZES["1m"]._replace(deter=8, stoch=2)
-    replay = dreamer.Replay(shapes, size, streams, capacity, length, spare, folder)
+    replay = dreamer.Replay(shapes, size, streams, capacity, length)
     for step, stream in itertools.product(range(steps), range(streams)):
         number = float(100 * stream + step)
         flags = {"is_first": step % 7 == 0, "is_last": step % 7 == 6, "is_terminal": False}
         row = {"action": [0, 1], "reward": number, "vector": [number]} | flags
-        replay.add(stream, np.full(8, number), np.full(2, step % 4), **row)
+        replay.add(stream, deter=np.full(8, number), stoch=np.full(2, step % 4), **row)
     return replay
 
 
@@ -536,26 +539,16 @@ def test_new_sequences_are_served_once_before_any_other():
     assert replay.fresh[-2:] == [(0, 996), (1, 996)]
 
 
-def test_refreshed_states_are_found_again():
-    replay = filled()
-    (stream, at), rows = replay.sample(3, np.random.default_rng(1))
-    replay.refresh((stream, at[:, 1:]), rows["deter"][:, 1:] + 0.5, rows["stoch"][:, 1:] * 0 + 3)
-    again = replay.deter[stream, at]
-    np.testing.assert_array_equal(again[:, 1:], rows["deter"][:, 1:] + 0.5)
-    np.testing.assert_array_equal(again[:, 0], rows["deter"][:, 0])
-    assert (replay.stoch[stream, at][:, 1:] == 3).all()
-
-
 def test_update_refreshes_what_it_trained_on_and_starts_from_what_was_stored():
     agent = small_agent(num_envs=1, batch_size=1, batch_length=4)
     steps_of(agent, 5, ())
-    stored = agent.replay.deter[0].copy()
-    agent.replay.deter[0, 1:] = 7.0
+    stored = agent.replay.columns["deter"][0].copy()
+    agent.replay.columns["deter"][0, 1:] = 7.0
     agent.update_once()
-    assert (agent.replay.deter[0] != 7).all(1).nonzero()[0].tolist() == [0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(agent.replay.deter[0, 0], stored[0])
+    assert (agent.replay.columns["deter"][0] != 7).all(1).nonzero()[0].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(agent.replay.columns["deter"][0, 0], stored[0])
     # The networks of then are those of now: what follows the state that was stored is what followed it then.
-    np.testing.assert_allclose(agent.replay.deter[0, 1], stored[1], rtol=1e-5)
+    np.testing.assert_allclose(agent.replay.columns["deter"][0, 1], stored[1], rtol=1e-5)
 
 
 def test_numbers_are_standardised_and_choices_are_not():
@@ -566,9 +559,9 @@ def test_numbers_are_standardised_and_choices_are_not():
         drawn = rng.normal((7, 1e-3, 5, 0), (100, 1e-3, 0, 1e-17), (2, 4))
         rows = [{"choice": rng.integers(3), "numbers": numbers} for numbers in drawn]
         for env, (obs, action) in enumerate(zip(rows, agent.act_many(rows), strict=True)):
-            agent.observe(obs, action, 0.0, obs, False, env=env)
+            agent.observe(obs, action, 0.0, obs, False, False, env=env)
         kept += [rows] * (step >= 30)
-    agent.measure()
+    agent.observer.measure(agent.replay.latest("vector"))
     found = agent.tensors({"vector": agent.replay.latest("vector")})["vector"].view(2, 50, 7)
     values = np.array([[row["numbers"] for row in rows] for rows in kept]).swapaxes(0, 1)
     values = np.sign(values) * np.log1p(np.abs(values))
@@ -588,16 +581,8 @@ def test_the_scale_of_numbers_is_measured_while_it_learns(standardise):
         steps_of(agent, steps, ())
         agent.update()
         assert agent.scaled_at == standardise * measured
-    assert bool((agent.std == 1).all()) != standardise
+    assert bool((agent.observer.std == 1).all()) != standardise
     assert agent.replay.latest("vector").shape == (121, 3)  # of the one environment that was played
-
-
-def test_an_evaluation_needs_no_room_for_the_replay():
-    settings = {"num_envs": 1, "batch_length": 4, "replay_size": 20, "replay_on_disk": True}
-    agent = small_agent(**settings, checkpoint_every=50)
-    steps_of(agent, 100, ())
-    state = agent.state_dict()
-    small_agent(**settings, checkpoint_every=5, evaluate="a run").load_state_dict(state)
 
 
 def test_actions_do_not_exceed_their_bounds_by_a_rounding_error():
@@ -605,89 +590,34 @@ def test_actions_do_not_exceed_their_bounds_by_a_rounding_error():
     for _ in range(50):
         low, high = rng.uniform(-1, 0, 4).astype(np.float32), rng.uniform(0, 3, 4).astype(np.float32)
         space = gym.spaces.Box(low, high)
-        agent = dreamer.Agent.__new__(dreamer.Agent)  # the networks play no part
-        agent.action_space, agent.shapes = space, Shapes(4, None, 4, False)
-        assert all(space.contains(agent.to_env(torch.full((4,), share))) for share in (-1.0, 1.0, 2.0))
+        assert all(space.contains(dreamer.to_env(torch.full((4,), share), space)) for share in (-1.0, 1.0, 2.0))
 
 
-def test_replay_in_files_is_the_same_as_in_memory(tmp_path):
-    first, second = filled(steps=50, spare=5), filled(steps=50, spare=5, folder=tmp_path)
-    for seed in range(3):
-        (_, one), (_, two) = (replay.sample(6, np.random.default_rng(seed)) for replay in (first, second))
-        assert one.keys() == two.keys()
-        assert all(np.array_equal(one[name], two[name]) for name in one)
-    state = second.state_dict()
-    assert "vector" not in state
-    other = filled(steps=0, spare=5, folder=tmp_path)
-    other.load_state_dict(state)
-    assert np.array_equal(
-        other.sample(6, np.random.default_rng(0))[1]["vector"], second.sample(6, np.random.default_rng(0))[1]["vector"]
-    )
-
-
-def test_a_run_with_its_replay_on_disk_is_resumed_exactly(tmp_path, monkeypatch):
-    """The ring is overwritten between checkpoint and crash, and still ends as an uninterrupted run in memory does."""
-    settings = {"total_timesteps": 320, "replay_size": 60, "checkpoint_every": 100, "eval_episodes": 1}
-    whole = dreamer.train(small_args(run_dir=str(tmp_path / "whole"), **settings))
-    args = small_args(run_dir=str(tmp_path / "killed"), replay_on_disk=True, **settings)
-    update, calls = dreamer.Agent.update, []
-
-    def update_until_killed(agent: dreamer.Agent) -> None:
-        update(agent)
-        calls.append(agent.steps)
-        if agent.steps == 290:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(dreamer.Agent, "update", update_until_killed)
-    with pytest.raises(KeyboardInterrupt):
-        dreamer.train(args)
-    monkeypatch.undo()
-    run = only_run(tmp_path / "killed")
-    assert {path.name for path in (run / "replay").iterdir()} >= {"vector.npy", "action.npy", "reward.npy"}
-    ended = dreamer.train(dataclasses.replace(args, resume=str(run)))
-    assert ended["eval_return_mean"] == whole["eval_return_mean"]
-    one, two = (learned(dreamer, only_run(tmp_path / name))["agent"] for name in ("whole", "killed"))
-    assert "vector" in one["replay"]
-    assert "vector" not in two["replay"]
-    assert all(one[name] == two[name] for name in one.keys() - {"replay"})
-    # An evaluation leaves the files alone, and a checkpoint that would need more room is refused.
-    before = {path: path.stat().st_mtime_ns for path in (run / "replay").iterdir()}
-    evaluated = dreamer.train(dataclasses.replace(args, evaluate=str(run)))
-    assert evaluated["eval_return_mean"] == whole["eval_return_mean"]
-    assert before == {path: path.stat().st_mtime_ns for path in (run / "replay").iterdir()}
-    with pytest.raises(dreamer.Failure, match="--checkpoint-every must not grow"):
-        dreamer.train(dataclasses.replace(args, resume=str(run), checkpoint_every=1_000))
-
-
-def test_open_loop_shows_what_the_model_predicts_and_changes_nothing(tmp_path):
+def test_open_loop_shows_what_the_model_predicts_and_changes_nothing():
     agent = small_agent(num_envs=1, batch_length=16)
     steps_of(agent, 40, (11, 30))
+    assert agent.metrics() == {}
     agent.update_once()
-    before = json.dumps(agent.rng.bit_generator.state), agent.generator.get_state().tolist(), list(agent.replay.fresh)
-    picture = agent.open_loop()
-    assert picture.size == (16 * 8, 3 * 48)
-    assert before == (
-        json.dumps(agent.rng.bit_generator.state),
-        agent.generator.get_state().tolist(),
-        agent.replay.fresh,
-    )
+    before = pickle.dumps(plain(agent.state_dict()) | {"losses": None})
+    picture = dreamer.open_loop(agent)
+    assert picture.size == (640, 3 * 48 + 32)
+    assert before == pickle.dumps(plain(agent.state_dict()) | {"losses": None})
     pixels = {pixel for _, pixel in picture.getcolors(10**6)}
-    assert {(0, 0, 0), (255, 0, 0), (211, 211, 211)} <= pixels
-    args = small_args(env_id="Pictures-v0", run_dir=str(tmp_path), total_timesteps=60, image_size=16, batch_length=8)
-    args = dataclasses.replace(args, eval_episodes=1)
-    dreamer.train(args)
-    env = Pictures()
-    agent = dreamer.Agent(env.observation_space, env.action_space, args)
-    agent.load_state_dict(dreamer.read_checkpoint(only_run(tmp_path) / "checkpoint.pt")["agent"])
-    assert agent.open_loop().size == (8 * 16, 2 * 16)
-    agent.film(tmp_path / "videos" / "film.gif")
-    with Image.open(tmp_path / "videos" / "film.gif") as film:
-        assert (film.n_frames, film.size) == (8, (12 * 16, 12 * (16 + 16 + 6)))
-        bars = []
-        for index in range(8):
-            film.seek(index)
-            bars.append(film.convert("L").getpixel((0, film.size[1] - 1)) > 200)
-    assert bars == [False] * 4 + [True] * 4
+    assert {(0, 0, 0), (255, 0, 0), (0, 0, 255)} <= pixels  # what was observed, what is predicted, how far it saw
+    assert [picture.getpixel((x, 100)) == (0, 0, 255) for x in (300, 320, 340)] == [False, True, False]
+
+
+def test_metrics_are_what_is_new():
+    agent = small_agent(num_envs=1)
+    steps_of(agent, 20, ())
+    agent.update_once()
+    found = agent.metrics()
+    losses = ("dyn", "rep", "reward", "con", "vector", "policy", "value", "repval")
+    assert {f"losses/{name}_loss" for name in losses} <= found.keys()
+    assert "model/open_loop" in found
+    assert agent.metrics() == {}
+    agent.update_once()
+    assert agent.metrics().keys() == found.keys()
 
 
 @pytest.mark.parametrize("side", [72, 56, 104])
@@ -705,9 +635,7 @@ def test_discount_is_not_rounded_in_half_precision():
     batch, start = some_batch(agent)
     with torch.autocast("cpu", torch.bfloat16):
         found = agent.nets.con(agent.nets.rssm.initial(1).feature()).float().sigmoid().item()
-        losses, _, _ = dreamer.dreamer_loss(
-            agent.nets, agent.slow_critic, batch, start, Percentiles(CPU), generator(), 3, 9, 1 - 1 / 333
-        )
+        losses, _, _ = agent.loss(batch, start)
     assert found == pytest.approx(1 - 1 / 333, abs=1e-4)
     assert losses["con"].item() == pytest.approx(-(332 * math.log(332 / 333) + math.log(1 / 333)) / 333, rel=1e-2)
 
@@ -726,8 +654,7 @@ def test_prior_learns_from_dyn_and_posterior_from_rep_and_not_the_other_way_roun
         network[-1].weight.data *= 30  # so that the KL is above the free nats
     batch, start = some_batch(agent, 1, 2)
     batch["is_first"][:] = True  # no state comes from another one's sample
-    settings = batch, start, Percentiles(CPU), generator(), 3, 9, 0.99
-    losses, _, _ = dreamer.dreamer_loss(agent.nets, agent.slow_critic, *settings)
+    losses, _, _ = agent.loss(batch, start)
     assert losses["dyn"] > 1
     for name, trained, other in (("dyn", "prior", "posterior"), ("rep", "posterior", "prior")):
         agent.nets.zero_grad()
@@ -753,12 +680,12 @@ def test_it_learns_with_the_settings_of_the_command_line(tmp_path):
     assert dreamer.train(dreamer.Args(run_dir=str(tmp_path)))["eval_return_mean"] >= 475
 
 
-def test_recorded_is_the_function_itself_where_there_is_no_gpu():
-    calls = []
-    recorded = dreamer.Recorded(lambda inputs: calls.append(inputs) or {"sum": inputs["a"] + inputs["b"]}, generator())
+def test_recorded_calls_the_function_itself_where_there_is_no_gpu():
+    calls, recorded = [], dreamer.Recorded(generator())
     inputs = {"a": torch.ones(2), "b": torch.ones(2)}
     for _ in range(5):
-        assert recorded(inputs)["sum"].tolist() == [2, 2]
+        found = recorded(lambda given: calls.append(given) or {"sum": given["a"] + given["b"]}, inputs)
+        assert found["sum"].tolist() == [2, 2]
     assert calls == 5 * [inputs]
 
 
@@ -769,10 +696,11 @@ def test_a_graph_does_what_its_operations_do_one_by_one():
         agent = small_agent(num_envs=1, device="cuda")
         steps_of(agent, 40, (9, 20))
         if not graph:
-            agent.learn, agent.see = agent.learn_now, agent.see_now
+            agent.recorded = lambda function, inputs: function(inputs)
         for _ in range(8):
             agent.update_once()
-        found.append((agent.scalars(), agent.generator.get_state(), [agent.act(np.ones(3)) for _ in range(6)]))
+        losses = {name: value.item() for name, value in agent.losses.items()}
+        found.append((losses, agent.generator.get_state(), [agent.act(np.ones(3)) for _ in range(6)]))
     (one, first, acts), (other, second, others) = found
     assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
     assert torch.equal(first, second)
@@ -802,28 +730,12 @@ def test_spaces_that_are_refused(observation, action, message):
 def test_bytes_that_are_no_colours_are_numbers():
     board = small_agent(BOX(0, 1, (4, 4, 2), np.uint8))
     assert (board.shapes.vector, board.shapes.image) == (32, None)
+    high = np.full((4, 4), 255)
+    high[0, 0] = 1  # not all can be colours
+    mixed = small_agent(gym.spaces.Box(np.zeros((4, 4), np.uint8), high.astype(np.uint8)))
+    assert (mixed.shapes.vector, mixed.shapes.image) == (16, None)
     picture = small_agent(BOX(0, 255, (16, 16), np.uint8), image_size=0)
     assert (picture.shapes.vector, picture.shapes.image) == (0, (16, 16, 1))
-
-
-def test_an_observation_is_of_the_type_that_the_space_says():
-    picture = BOX(0, 255, (2, 2), np.uint8)
-    dreamer.check_observation(np.ones((2, 2), np.uint8), picture)
-    dreamer.check_observation([1.0, 2.0], BOX(-9, 9, (2,), np.float32))
-    with pytest.raises(ValueError, match="uint8"):
-        dreamer.check_observation(np.full((2, 2), 0.7), picture)
-    for number in (np.nan, np.inf, -1e20):  # single precision cannot hold the square of the last
-        with pytest.raises(ValueError, match="numbers below 1e15"):
-            dreamer.check_observation([number, 2.0], BOX(-9, 9, (2,), np.float32))
-
-
-def test_files_of_a_replay_that_are_damaged_are_told(tmp_path):
-    shapes, size = Shapes(3, None, 2, True), dreamer.SIZES["1m"]
-    settings = shapes, size, 1, 20, 5, 0, tmp_path
-    dreamer.Replay(*settings)
-    (tmp_path / "vector.npy").write_bytes(b"x")
-    with pytest.raises(dreamer.Failure, match=r"vector\.npy is damaged"):
-        dreamer.Replay(*settings)
 
 
 @pytest.mark.slow
@@ -835,12 +747,118 @@ def test_it_swings_the_pendulum_up(tmp_path):
 @pytest.mark.slow
 def test_it_remembers_what_it_has_seen_before(tmp_path):
     """An agent without a memory is right half of the time."""
-    fields = {"env_id": "benchmark.tasks:Recall-v0", "env_kwargs": ("delay=3",), "run_dir": str(tmp_path)}
+    fields = {"env_id": "benchmark.tasks:Recall-v0", "env_kwargs": {"delay": 3}, "run_dir": str(tmp_path)}
     fields |= {"warmup": 1_000, "entropy_scale": 3e-3, "eval_episodes": 50}
     assert dreamer.train(dreamer.Args(**fields, total_timesteps=6_000))["eval_return_mean"] >= 0.9
 
 
-def test_files_of_a_replay_take_their_room_at_once(tmp_path):
-    dreamer.Replay(Shapes(0, (64, 64, 3), 2, True), dreamer.SIZES["1m"], 1, 200, 5, 0, tmp_path)
-    file = (tmp_path / "image.npy").stat()
-    assert file.st_blocks * 512 >= file.st_size > 200 * 64 * 64 * 3
+# --- actions, copies, checkpoints -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("action", [gym.spaces.Discrete(3, start=4), BOX(np.array([-1, 2]), np.array([3, 9]))])
+def test_the_action_that_was_made_is_stored_and_followed(action):
+    agent, twin = (small_agent(action=action, num_envs=1) for _ in range(2))
+    obs = np.ones(3, np.float32)
+    drawn = agent.act(obs)
+    if isinstance(action, gym.spaces.Discrete):
+        assert isinstance(drawn, np.int64)
+        other, wanted = np.int64(4 + (drawn - 4 + 1) % 3), np.eye(3)[(drawn - 4 + 1) % 3]
+    else:
+        other, wanted = np.array([1, 9], np.float32), [0, 1]
+    exact = agent.action[0].clone()
+    agent.observe(obs, drawn, 0.0, obs, False, False)
+    np.testing.assert_array_equal(agent.replay.columns["action"][0, 0], exact)  # as it was drawn, not rounded
+    twin.act(obs)
+    twin.observe(obs, other, 0.0, obs, False, False)
+    np.testing.assert_allclose(twin.replay.columns["action"][0, 0], wanted, atol=1e-6)
+    np.testing.assert_allclose(twin.action[0], wanted, atol=1e-6)
+    agent.act(obs), twin.act(obs)
+    assert not torch.equal(agent.latent.deter, twin.latent.deter)  # the state follows what was done
+
+
+def test_what_is_stored_is_a_copy():
+    agent, space = small_agent(num_envs=1, action=BOX(-1, 1, (1,))), BOX(-1, 1, (3,))
+    obs, following = space.sample(), space.sample()
+    action = agent.act(obs)
+    agent.observe(obs, action, 0.0, following, True, False)
+    stored = {name: column[0, :2].copy() for name, column in agent.replay.columns.items()}
+    for array in (obs, action, following):
+        array[:] = 0.123
+    agent.act(obs)
+    assert all((stored[name] == column[0, :2]).all() for name, column in agent.replay.columns.items())
+
+
+def test_an_episode_begins_anew_until_its_first_step_is_made():
+    agent = small_agent(num_envs=2)
+    agent.act_many(2 * [np.ones(3)])
+    agent.observe(np.ones(3), agent.act_many(2 * [np.ones(3)])[1], 0.0, np.ones(3), False, np.bool_(False), env=1)
+    assert agent.first == [True, False]
+    agent.observe(np.ones(3), 0, 1.0, np.ones(3), np.bool_(False), np.bool_(True), env=1)
+    assert agent.first == [True, True]
+    assert [type(first) for first in agent.first] == [bool, bool]  # a checkpoint holds no NumPy numbers
+
+
+def plain(value: Any) -> Any:
+    """Nested state with tensors as their bytes, so that == compares all of it."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return (tuple(value.shape), value.detach().numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+
+
+def saved_and_loaded(agent: dreamer.Agent) -> dreamer.Agent:
+    torch.save(agent.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    other = dreamer.Agent(agent.observer.space, agent.action_space, agent.args)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def played(agent: dreamer.Agent, env: gym.Env, steps: int, seed: int) -> list:
+    """A loop of a user's own; returns the actions."""
+    obs, actions = env.reset(seed=seed)[0], []
+    for _ in range(steps):
+        actions.append(np.asarray(action := agent.act(obs)).tolist())
+        following, reward, terminated, truncated, _ = env.step(action)
+        agent.observe(obs, action, reward, following, terminated, truncated)
+        agent.update()
+        obs = env.reset()[0] if terminated or truncated else following
+    return actions
+
+
+@pytest.mark.parametrize("env_id", ["Pictures-v0", "Pendulum-v1"])
+def test_copies_go_on_as_the_agent_does(env_id):
+    env = gym.make(env_id)
+    args = small_args(num_envs=1, image_size=16, train_ratio=2.0, learning_starts=20, warmup=3)
+    agent = dreamer.Agent(env.observation_space, env.action_space, args)
+    played(agent, env, 40, seed=1)
+    copies = [copy.deepcopy(agent), pickle.loads(pickle.dumps(agent)), saved_and_loaded(agent)]
+    assert all(plain(other.state_dict()) == plain(agent.state_dict()) for other in copies)
+    actions, updates = played(agent, env, 60, seed=2), agent.updates
+    wanted, values = plain(agent.state_dict()), agent.metrics()
+    assert updates > 15
+    for other in copies:
+        assert played(other, gym.make(env_id), 60, seed=2) == actions
+        assert plain(other.state_dict()) == wanted
+        assert other.metrics() == values  # two pictures are equal if all their pixels are
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("gamma", 1.5),
+        ("gamma", math.nan),
+        ("train_ratio", math.nan),
+        ("entropy_scale", -1.0),
+        ("batch_length", 1),
+        ("horizon", 0),
+        ("num_envs", 0),
+        ("threads", 0),
+        ("image_size", -1),
+        ("replay_size", 8),
+    ],
+)
+def test_settings_that_are_refused(name, value):
+    with pytest.raises(dreamer.Failure, match=f"--{name.replace('_', '-')}"):
+        small_args(**{name: value})

@@ -2,22 +2,24 @@
 
 import copy
 import math
+import pickle
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import only_run, scalars, tiny_args
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cem_mpc
 import mbpo
-from mbpo import Actor, Agent, Args, Critic, Pool, actor_loss, critic_loss, imagine, imagined_step, rollout_length
+from mbpo import Actor, Agent, Args, Critic, Planner, Pool, actor_loss, critic_loss, rollout_length
 
 OBS, ACTION = 3, 2
+WATCHED = ("model/holdout_mse", "model/error_1_steps", "losses/alpha")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,6 +41,13 @@ def small_agent(steps: int = 0, **fields: object) -> Agent:
         obs, action = rng.normal(size=OBS), rng.uniform(-1, 1, ACTION)
         agent.observe(obs, action, obs[0], obs + 0.1 * action.sum(), step % 10 == 9)
     return agent
+
+
+def planner(agent: Agent, chunk: int, seed: int = 0, **given: object) -> Planner:
+    """The agent's planner with random numbers of its own, so many rows at once, and given functions."""
+    made = Planner(agent.model, agent.actor, agent.args, generator(seed), given)
+    made.chunk = chunk
+    return made
 
 
 def fill_pool(agent: Agent, count: int = 50) -> None:
@@ -137,7 +146,7 @@ def test_actor_loss_is_that_of_the_smaller_critic():
     assert not entropy.requires_grad
 
 
-def test_gradients_go_where_they_should_and_nowhere_else():
+def test_gradients_go_where_they_should_and_nowhere_else(monkeypatch):
     agent, batch = small_agent(batch_size=8), batch_of(8)
     noise, alpha = torch.randn(8, ACTION), torch.tensor(0.2)
     loss = critic_loss(agent.actor, agent.critics, agent.targets, batch, noise, alpha, 0.99, None)
@@ -151,7 +160,7 @@ def test_gradients_go_where_they_should_and_nowhere_else():
         wanted.extend(torch.autograd.grad(loss, list(agent.critics.parameters()), retain_graph=True, allow_unused=True))
         return loss
 
-    agent.critic_loss = watched
+    monkeypatch.setattr(mbpo, "critic_loss", watched)
     agent.update_policy(batch)  # the actor's loss, which comes second, adds nothing to the gradient of the critics
     for gradient, parameter in zip(wanted, agent.critics.parameters(), strict=True):
         assert gradient is None if parameter.grad is None else torch.equal(gradient, parameter.grad)
@@ -192,6 +201,74 @@ def test_dropout_and_layer_norm_of_the_critic():
     torch.testing.assert_close(critic(obs, action), critic.last(x))  # nothing is dropped
 
 
+def network(module: torch.nn.Module, x: Tensor, weights: dict[str, Tensor], prefix: str = "") -> Tensor:
+    """The network of an actor or critic, without norms, by its weights."""
+    for index in range(len(module.layers)):
+        x = (x @ weights[f"{prefix}layers.{index}.weight"].T + weights[f"{prefix}layers.{index}.bias"]).clamp_min(0)
+    return x @ weights[f"{prefix}last.weight"].T + weights[f"{prefix}last.bias"]
+
+
+def test_a_whole_update_by_hand():
+    agent = small_agent(batch_size=16, tau=0.1, gamma=0.9, policy_lr=1e-3)
+    batch = batch_of(16)
+    batch["goes_on"][::3], batch["weight"][::2] = 0.0, 0.25
+    with torch.no_grad():
+        agent.log_alpha.fill_(math.log(0.3))
+        for parameter in agent.targets.parameters():
+            parameter.add_(0.05)
+    draws = generator()
+    draws.set_state(agent.generator.get_state())
+    next_noise, noise = torch.randn(2, 16, ACTION, generator=draws).double()
+    modules = {"actor": agent.actor, "critics": agent.critics, "targets": agent.targets}
+    weights = {
+        name: {key: value.detach().double().clone().requires_grad_() for key, value in module.named_parameters()}
+        for name, module in modules.items()
+    }
+    obs, action, reward, next_obs, goes_on, weight = (column.double() for column in batch.values())
+
+    def value(name: str, index: int, obs: Tensor, action: Tensor, weights: dict) -> Tensor:
+        return network(agent.critics[index], torch.cat([obs, action], -1), weights[name], f"{index}.")
+
+    def sample(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = network(agent.actor, obs, weights["actor"]).chunk(2, -1)
+        normal, squash = torch.distributions.Normal(mean, log_std.exp()), torch.distributions.transforms.TanhTransform()
+        u = mean + log_std.exp() * noise
+        density = normal.log_prob(u) - squash.log_abs_det_jacobian(u, u.tanh())
+        return u.tanh(), density.sum(-1, keepdim=True)
+
+    next_action, log_prob = sample(next_obs, next_noise)
+    smaller = torch.minimum(*(value("targets", index, next_obs, next_action, weights) for index in range(2)))
+    target = (reward + 0.9 * goes_on * (smaller - 0.3 * log_prob)).detach()
+    errors = [value("critics", index, obs, action, weights) - target for index in range(2)]
+    losses = {"losses/critic_loss": sum((weight * error**2).mean() / 2 for error in errors)}
+    losses["losses/critic_loss"].backward()
+
+    before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
+    agent.update_policy(batch)
+    with torch.no_grad():  # the actor's loss is that of the critics after their update
+        later = {"critics": {key: value.double() for key, value in agent.critics.named_parameters()}}
+    policy_action, log_prob = sample(obs, noise)
+    smaller = torch.minimum(*(value("critics", index, obs, policy_action, later) for index in range(2)))
+    losses |= {"losses/actor_loss": (0.3 * log_prob - smaller).mean(), "losses/entropy": -log_prob.mean()}
+    losses["losses/actor_loss"].backward()
+    losses["losses/alpha"] = 0.3
+
+    assert agent.metrics() == pytest.approx(
+        {tag: float(torch.as_tensor(loss).detach()) for tag, loss in losses.items()}, rel=1e-4
+    )
+    for name in ("critics", "actor"):
+        for (key, parameter), old in zip(modules[name].named_parameters(), before[name], strict=True):
+            torch.testing.assert_close(parameter.grad.double(), weights[name][key].grad, rtol=1e-3, atol=1e-6)
+            step = parameter.grad / (parameter.grad.abs() + 1e-8)  # the first one of Adam
+            torch.testing.assert_close(parameter.data, old - 1e-3 * step, rtol=1e-5, atol=1e-6)
+    sign = 1 if losses["losses/entropy"].item() > agent.target_entropy else -1
+    assert agent.log_alpha.item() == pytest.approx(math.log(0.3) - sign * 1e-3, abs=1e-6)
+    for new, old, parameter in zip(
+        agent.targets.parameters(), before["targets"], agent.critics.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new.data, 0.9 * old + 0.1 * parameter.data)
+
+
 # --- rollouts -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("step", "length"),
@@ -216,7 +293,7 @@ def test_each_row_is_predicted_by_an_elite_of_its_own():
     obs = torch.arange(float(rows))[:, None].expand(rows, OBS).contiguous() * 10
     action = torch.zeros(rows, ACTION)
     with torch.no_grad():
-        next_obs, reward, terminated = imagined_step(model, obs, action, generator(), None, None, 500)
+        next_obs, reward, terminated = planner(agent, 500).step(obs, action)
     member = (next_obs - obs)[:, 0]  # rows are not mixed, or this would be no small number
     assert torch.equal((next_obs - obs), member[:, None].expand(rows, OBS))
     assert set(member.tolist()) == {0.0, 1.0, 2.0, 4.0}
@@ -226,7 +303,7 @@ def test_each_row_is_predicted_by_an_elite_of_its_own():
     assert (member[1:] == member[:-1]).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert not terminated.any()
     with torch.no_grad():
-        again, _, _ = imagined_step(model, obs, action, generator(1), None, None, 500)
+        again, _, _ = planner(agent, 500, seed=1).step(obs, action)
     assert ((again - obs)[:, 0] == member).float().mean().item() == pytest.approx(0.25, abs=0.03)  # drawn anew
 
 
@@ -241,7 +318,7 @@ def given_end(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
 def test_rollouts_go_on_from_where_they_are_without_those_that_ended():
     agent = small_agent(100)
     obs = agent.data.obs[:60]
-    parts = list(imagine(agent.model, agent.actor, obs, 4, agent.args, generator(), given_reward, given_end, chunk=7))
+    parts = list(planner(agent, 7, reward=given_reward, terminated=given_end).imagine(obs, 4))
     assert torch.equal(parts[0]["obs"], obs)
     ended = 0
     for part, following in zip(parts, [*parts[1:], None], strict=True):
@@ -264,17 +341,16 @@ def test_a_rollout_ends_where_the_ensemble_disagrees_and_counts_less_where_it_do
     agent.args.max_disagreement, agent.args.weigh_disagreement = 0.2, True
     obs = torch.zeros(40, OBS)
     obs[:, 0] = torch.linspace(-3, 3, 40)
-    spread = mbpo.disagreement(agent.model, obs, torch.zeros(40, ACTION), 7)
+    plan = planner(agent, 7, reward=given_reward, terminated=lambda *step: step[0][:, 0] > 9)
+    spread = plan.disagreement(obs, torch.zeros(40, ACTION))
     assert spread.shape == (40, 1)
-    (rows,) = imagine(
-        agent.model, agent.actor, obs, 1, agent.args, generator(), given_reward, lambda *step: step[0][:, 0] > 9
-    )
+    (rows,) = plan.imagine(obs, 1)
     known = spread[:, 0] < 0.2
     assert 0 < known.sum() < 40
     assert torch.equal(rows["obs"], obs[known])
     torch.testing.assert_close(rows["weight"], 1 / (1 + spread[known]))
     agent.model.delta_std[0] = 0  # what never changes is predicted without error
-    fewer = mbpo.disagreement(agent.model, obs, torch.zeros(40, ACTION), 7)
+    fewer = plan.disagreement(obs, torch.zeros(40, ACTION))
     torch.testing.assert_close(fewer, spread * (OBS - 1) / OBS)
 
 
@@ -313,19 +389,16 @@ def test_capacity_of_the_pool_is_length_times_rollouts_times_trainings():
     assert agent.pool.size > len(first)
 
 
-def test_what_is_logged_of_the_pool():
-    agent = small_agent(60, rollouts=20, keep_trainings=3, learning_starts=30, critic_dropout=0.5)  # dropped: nothing
+def test_what_is_logged_of_the_rollouts(monkeypatch):
+    agent = small_agent(60, rollouts=20, rollout_schedule=(0, 1, 2, 2), learning_starts=30)
+    monkeypatch.setitem(agent.planner.given, "terminated", lambda obs, action, next_obs: obs[:, 0] > 0)
     agent.train_model()
-    assert agent.logs["planner/pool_age"] == 0
-    for _ in range(40):
-        agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
-    agent.train_model()
-    assert agent.logs["planner/pool_age"] == pytest.approx(20)  # half of them are 40 steps old
-    real = [agent.data.column(name) for name in ("obs", "action")]
-    imagined = [agent.pool.columns[name][: agent.pool.size] for name in ("obs", "action")]
-    for name, transitions in (("real", real), ("imagined", imagined)):
-        wanted = torch.minimum(*(critic(*transitions) for critic in agent.critics)).mean().item()
-        assert agent.logs[f"planner/value_{name}"] == pytest.approx(wanted)
+    rows = {name: column[: agent.pool.size] for name, column in agent.pool.columns.items()}
+    logged = agent.metrics()
+    assert logged["planner/pool_size"] == agent.pool.size
+    assert 20 < agent.pool.size < 40  # some ended after one step of two
+    assert logged["planner/rollout_length"] == agent.pool.size / 20
+    assert logged["planner/imagined_terminations"] == pytest.approx((rows["obs"][:, 0] > 0).float().mean().item())
 
 
 def test_rollouts_that_all_end_at_once_are_no_failure():
@@ -336,14 +409,14 @@ def test_rollouts_that_all_end_at_once_are_no_failure():
 
 
 def test_where_a_rollout_terminates():
-    model = small_agent(60).model
+    agent = small_agent(60)
+    model = agent.model
     with torch.no_grad():
         for layer in model.termination:
             layer.zero_()
         for logit, ends in ((-0.1, False), (0.1, True)):
             model.termination[-1].fill_(logit)
-            step = imagined_step(model, torch.zeros(4, OBS), torch.zeros(4, ACTION), generator(), None, None, 9)
-            assert step[2].all() == ends
+            assert planner(agent, 9).step(torch.zeros(4, OBS), torch.zeros(4, ACTION))[2].all() == ends
 
 
 def test_nothing_is_learned_before_the_model_and_its_rollouts():
@@ -378,14 +451,15 @@ def test_share_of_real_transitions_in_a_batch(ratio, real):
 
 
 def test_share_of_real_transitions_falls_from_one():
-    agent = small_agent(10, real_ratio=0.2, real_ratio_steps=100, learning_starts=10)
-    shares = []
+    agent = small_agent(10, real_ratio=0.2, real_ratio_steps=100, learning_starts=10, batch_size=1000)
+    fill_pool(agent)
+    counts = []
     for _ in range(120):
-        shares.append(agent.real_share())
+        counts.append((agent.batches(1)["obs"] != 7).any(-1).sum().item())
         agent.observe(np.ones(OBS), np.zeros(ACTION), 0.0, np.ones(OBS), False)
-    assert shares[0] == 1.0
-    assert shares[50] == pytest.approx(0.6)
-    assert shares[100:] == [0.2] * 20
+    assert counts[0] == 1000
+    assert counts[50] == pytest.approx(600, abs=1)
+    assert counts[100:] == [200] * 20
 
 
 def test_without_a_model_none_is_trained_and_nothing_imagined(monkeypatch):
@@ -393,7 +467,7 @@ def test_without_a_model_none_is_trained_and_nothing_imagined(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(mbpo, "fit", never)
-    monkeypatch.setattr(mbpo, "imagine", never)
+    monkeypatch.setattr(Planner, "imagine", never)
     agent = small_agent(40, real_ratio=1.0)
     before = copy.deepcopy(agent.actor.state_dict())
     agent.update()
@@ -412,11 +486,12 @@ def test_given_functions_get_actions_in_units(tmp_path, monkeypatch):
         "def reward(obs, action, next_obs):\n    return action[..., 0]\n"
         "def end(obs, action, next_obs):\n    return action[..., 0] > 1.9\n"
     )
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
     agent = Agent(box(OBS), space, small_args(reward_fn="mytask:reward", termination_fn="mytask:end"))
-    assert agent.reward_fn(None, torch.tensor([[0.5]]), None).tolist() == [1.0]
-    assert agent.termination_fn(None, torch.tensor([[0.99], [0.5]]), None).tolist() == [True, False]
+    given, obs = agent.planner.given, torch.zeros(2, OBS)
+    assert given["reward"](obs, torch.tensor([[0.5], [-1.0]]), obs).tolist() == [1.0, -2.0]
+    assert given["terminated"](obs, torch.tensor([[0.99], [0.5]]), obs).tolist() == [True, False]
     for action in (0.5, 1.95):  # real steps have what the functions say, as imagined ones do
         agent.observe(np.zeros(OBS), np.array([action], np.float32), 7.0, np.zeros(OBS), False)
     assert agent.data.column("reward")[:, 0].tolist() == pytest.approx([0.5, 1.95])
@@ -435,8 +510,156 @@ def test_given_functions_get_actions_in_units(tmp_path, monkeypatch):
 )
 def test_variants_run_through(fields, tmp_path):
     args = small_args(run_dir=str(tmp_path), total_timesteps=80, eval_episodes=1, **fields)
-    args.env_kwargs = ("max_episode_steps=30",)
+    args.env_kwargs = {"max_episode_steps": 30}
     assert math.isfinite(mbpo.train(args)["eval_return_mean"])
+
+
+def test_episodes_of_several_environments_in_turn_are_told_apart():
+    agent, rng = small_agent(learning_starts=1_000), np.random.default_rng(0)
+    obs = rng.normal(size=(4, OBS))
+    for step in range(24):
+        for env in range(4):
+            action = rng.uniform(-1, 1, ACTION).astype(np.float32)
+            last = step % 6 == 5
+            agent.observe(obs[env], action, 0.0, obs[env] + action[0], last and env < 2, last and env >= 2, env=env)
+            obs[env] = rng.normal(size=OBS) if last else obs[env] + action[0]
+    episode = agent.data.episode[: agent.data.size].reshape(24, 4)
+    assert len(episode.unique()) == 16
+    assert all(len(episode[begin : begin + 6, env].unique()) == 1 for begin in (0, 6, 12, 18) for env in range(4))
+    agent.model.predict = lambda obs, action, dynamics: (action[..., :1].expand(obs.shape), torch.ones_like(obs))
+    found = mbpo.diagnose(agent.model, agent.data, 0)
+    assert found["model/error_1_steps"] < 1e-6
+    assert found["model/error_5_steps"] < 1e-6  # no window of five steps has those of two episodes
+    assert "model/error_10_steps" not in found  # of which there is none
+
+
+def test_windows_of_one_environment_are_those_of_its_episodes():
+    agent = small_agent()
+    for step in range(30):
+        agent.observe(np.full(OBS, float(step)), np.zeros(ACTION), 0.0, np.full(OBS, step + 1.0), False, step % 10 == 9)
+    begins = []
+
+    def predict(obs: Tensor, action: Tensor, dynamics: object) -> tuple[Tensor, Tensor]:
+        begins.append(obs[0, :, 0].tolist())
+        return torch.ones_like(obs), torch.ones_like(obs)
+
+    agent.model.predict = predict
+    found = mbpo.diagnose(agent.model, agent.data, 3)
+    assert begins[0] == begins[1] == list(range(3, 30))
+    assert begins[2] == [*range(3, 6), *range(10, 16), *range(20, 26)]  # five steps further it is the same episode
+    assert begins[-10] == [10, 20]
+    assert found["model/error_10_steps"] < 1e-6
+
+
+def test_what_is_stored_is_a_copy():
+    agent, obs, action = small_agent(), np.zeros(OBS), np.zeros(ACTION, np.float32)
+    agent.observe(obs, action, 0.0, obs, False)
+    obs += 1
+    action += 1
+    assert agent.data.obs[0].tolist() == [0.0] * OBS
+    assert agent.data.action[0].tolist() == [0.0] * ACTION
+
+
+def test_what_is_logged_is_new(tmp_path):
+    agent = small_agent(60, learning_starts=30)
+    agent.update()
+    assert {"model/holdout_mse", "losses/critic_loss", "planner/pool_size"} <= agent.metrics().keys()
+    assert agent.metrics() == {}
+    mbpo.train(small_args(run_dir=str(tmp_path), total_timesteps=130, eval_episodes=1))
+    steps = {tag: [step for name, step, _ in scalars(only_run(tmp_path)) if name == tag] for tag in WATCHED}
+    assert steps == {
+        "model/holdout_mse": [30, 70, 110],
+        "model/error_1_steps": [70, 110],
+        "losses/alpha": [*range(30, 131)],
+    }
+
+
+@pytest.mark.parametrize("fields", [{}, {"critic_dropout": 0.2, "reward_fn": "mytask:reward"}], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_like_the_original(fields, copied, tmp_path, monkeypatch):
+    (tmp_path / "mytask.py").write_text("def reward(obs, action, next_obs):\n    return action[..., 0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = small_agent(45, **fields)
+    agent.update()
+    ends = []
+    for one in (copied(agent), agent):
+        obs, actions = np.zeros(OBS), []
+        for step in range(60):
+            actions.append(one.act(obs))
+            next_obs = 0.5 * obs + actions[-1].sum()
+            one.observe(obs, actions[-1], next_obs[0], next_obs, False, step % 9 == 8)
+            one.update()
+            obs = next_obs
+        ends.append((actions, plain(one.state_dict()), one.greedy_policy(0)(obs).tolist(), one.metrics()))
+    assert np.array_equal(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def plain(value: object) -> object:
+    """Nested state with tensors as their bytes, so that == compares all of it."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return (tuple(value.shape), value.numpy().tobytes()) if isinstance(value, Tensor) else value
+
+
+def test_state_of_one_agent_is_not_shared_with_another():
+    agent, other = small_agent(60), small_agent()
+    agent.update()
+    state = agent.state_dict()
+    other.load_state_dict(state)
+    before = copy.deepcopy(state["pool"]["columns"])
+    other.pool.add({name: torch.full((9, column.shape[1]), 7.0) for name, column in other.pool.columns.items()})
+    for name, column in before.items():
+        assert torch.equal(column, state["pool"]["columns"][name])
+        assert torch.equal(column, agent.pool.columns[name])
+
+
+def test_the_progress_bar_names_what_goes_on(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(mbpo.tqdm, "set_description_str", lambda bar, text: said.append(text))
+    for ratio, wanted in ((0.5, ["random steps", "", *["training the model", ""] * 2]), (1.0, ["random steps", ""])):
+        said.clear()
+        mbpo.train(small_args(run_dir=str(tmp_path), total_timesteps=100, eval_episodes=1, real_ratio=ratio))
+        assert said[:-2] == wanted  # and then the evaluation
+
+
+def test_checkpoints_of_the_presets_are_at_most_so_many_updates_apart():
+    for preset in ({}, *mbpo.PRESETS.values()):
+        args = Args(**preset)
+        assert args.checkpoint_every * args.updates_per_step <= 16_000  # 0.0075 s each: two minutes
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tau": math.nan},
+        {"gamma": 1.1},
+        {"total_timesteps": 0},
+        {"seed": -1},
+        {"policy_lr": 0.0},
+        {"target_entropy": math.nan},
+        {"target_entropy": math.inf},
+        {"max_disagreement": 0.0},
+        {"num_elites": 8},
+        {"holdout_ratio": 1.0},
+        {"critic_dropout": 1.0},
+        {"hidden": (200, 200)},
+        {"hidden": (200, 0, 200, 200)},
+        {"policy_hidden": ()},
+        {"weight_decay": (0.0, 0.0, 0.0, math.nan, 0.0)},
+        {"rollout_schedule": (10, 5, 1, 1)},
+        {"rollout_schedule": (0, 1, 2, 1)},
+    ],
+    ids=str,
+)
+def test_what_would_fail_late_or_silently_is_refused_by_name(fields):
+    name = "weight_decay" if fields == {"hidden": (200, 200)} else next(iter(fields))
+    with pytest.raises(mbpo.Failure, match=f"--{name.replace('_', '-')}"):
+        Args(**fields)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
@@ -461,30 +684,30 @@ def test_compiled_it_learns_the_same_from_trainings_of_several_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"),
-    [
-        (-3.4e38, 3.4e38),
-        (1e38, 3e38),
-        (1e9, 1e9 + 1),
-        (1e6, 1e6 + 1),
-        (-1e300, 1e300),
-        (1, 1 + 1e-9),
-        (0.1, 0.1 + 1e-7),
-    ],
+    ("low", "high"), [(-math.inf, 1), (-3.4e38, 3.4e38), (1e9, 1e9 + 1), (-1e300, 1e300), (1, 1 + 1e-9), (1, 1)]
 )
-@pytest.mark.parametrize("script", [mbpo, cem_mpc])
-def test_action_bounds_that_single_precision_does_not_hold_are_refused(script, low, high):
-    box = gym.spaces.Box(low, high, (1,), np.float64)
-    with pytest.raises(script.Failure, match="bounded Box"):
-        script.check_spaces(gym.spaces.Box(-1, 1, (2,)), box)
+def test_action_bounds_that_single_precision_does_not_hold_are_refused(low, high):
+    with pytest.raises(mbpo.Failure, match="bounded Box"):
+        mbpo.check_spaces(box(2), gym.spaces.Box(low, high, (1,), np.float64))
 
 
-def test_a_reward_for_the_whole_batch_is_an_error_and_is_not_spread_over_its_rows():
-    agent = small_agent()
-    obs, action = torch.zeros(5, agent.data.obs.shape[1]), torch.zeros(5, agent.actor.action_size)
-    for function in (lambda obs, action, next_obs: obs.sum(), lambda obs, action, next_obs: obs.sum()[None]):
-        with pytest.raises(RuntimeError, match="shape"):
-            mbpo.imagined_step(agent.model, obs, action, generator(), function, None, 100)
+def test_a_reward_for_the_whole_batch_is_an_error_and_is_not_spread_over_its_rows(tmp_path, monkeypatch):
+    (tmp_path / "wrong.py").write_text(
+        "def total(obs, action, next_obs):\n    return obs.sum()\n"
+        "def one(obs, action, next_obs):\n    return obs.sum()[None]\n"
+        "def number(obs, action, next_obs):\n    return 0.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("wrong:total", "wrong:one", "wrong:number"):
+        agent = small_agent(reward_fn=name)
+        with pytest.raises(mbpo.Failure, match="one number for each"):
+            agent.planner.step(torch.zeros(5, OBS), torch.zeros(5, ACTION))
+
+
+@pytest.mark.parametrize("name", ["nonsense", "math:nothing", "no_such_module:reward"])
+def test_a_function_that_there_is_not_is_told(name):
+    with pytest.raises(mbpo.Failure, match="cannot load"):
+        small_agent(termination_fn=name)
 
 
 def test_what_an_own_loop_with_booleans_of_numpy_leaves_can_be_loaded(tmp_path):
@@ -492,7 +715,12 @@ def test_what_an_own_loop_with_booleans_of_numpy_leaves_can_be_loaded(tmp_path):
     row = np.zeros(agent.data.obs.shape[1], np.float32)
     agent.observe(row, agent.to_env(torch.zeros(agent.actor.action_size)), 1.0, row, np.bool_(True), np.bool_(False))
     torch.save(agent.state_dict(), tmp_path / "agent.pt")
-    assert torch.load(tmp_path / "agent.pt", weights_only=True)["counts"] == [0, 1]
+    agent.observe(row, agent.to_env(torch.zeros(agent.actor.action_size)), 1.0, row, False, False, env=np.int64(3))
+    assert torch.load(tmp_path / "agent.pt", weights_only=True)["plain"] == (0, {})
+    torch.save(agent.state_dict(), tmp_path / "agent.pt")
+    other = small_agent()
+    other.load_state_dict(torch.load(tmp_path / "agent.pt", weights_only=True))
+    assert other.episodes == {3: 1}
 
 
 @pytest.mark.parametrize("script", [mbpo, cem_mpc])

@@ -1,39 +1,25 @@
 """Kills, damaged checkpoints and long runs, a campaign that takes hours: `pytest -m slow tests/test_survival.py`."""
 
 import importlib
-import io
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import tyro
-from conftest import (
-    CORRIDOR,
-    ROOT,
-    SCRIPTS,
-    TABULAR,
-    learned,
-    only_run,
-    plain,
-    result,
-    scalars,
-    tiny_args,
-    with_tiny,
-)
+from conftest import CORRIDOR, ROOT, TABULAR, checkpoint, complaint, only_run, outcome, tiny_args, with_tiny
+from test_shared import damages
 
 pytestmark = pytest.mark.slow
-KILLS, DAMAGES = 17, 170  # of each of the six scripts
-WATCHED = ("evaluate", "write_checkpoint")  # a kill is counted, too, where one of these is at work
+KILLS, DAMAGES = 17, 170  # of each script
+WATCHED = ("evaluate", "save")  # a kill is counted, too, where one of these is at work
 
 
 def test_survival_of_kills(script: ModuleType, tmp_path, capsys):
@@ -62,13 +48,13 @@ def test_survival_of_kills(script: ModuleType, tmp_path, capsys):
 
     begun = time.time()
     end(begin(*args, "--run-dir", tmp_path / "whole"))
-    whole, takes = run_in(tmp_path / "whole"), time.time() - begun
+    whole, takes = outcome(script, run_in(tmp_path / "whole")), time.time() - begun
     kills, before_the_first, ended, during = 0, 0, 0, dict.fromkeys(WATCHED, 0)
     process = begin(*args, "--run-dir", tmp_path / "0")
     while kills < KILLS:
         try:
             end(process, rng.uniform(0.2, 0.7) * takes)
-            check(script, run_in(tmp_path / str(ended)), whole)
+            assert outcome(script, run_in(tmp_path / str(ended))) == whole
             ended += 1  # it was at its end already: once more, from a new beginning
             process = begin(*args, "--run-dir", tmp_path / str(ended))
             continue
@@ -84,7 +70,7 @@ def test_survival_of_kills(script: ModuleType, tmp_path, capsys):
         before_the_first += run is None or not (run / script.CHECKPOINT).exists()
         process = begin("--resume", run) if run else begin(*args, "--run-dir", tmp_path / str(ended))
     end(process)
-    check(script, run_in(tmp_path / str(ended)), whole)
+    assert outcome(script, run_in(tmp_path / str(ended))) == whole
     with capsys.disabled():
         where = ", ".join(f"{count} in {function}" for function, count in during.items())
         print(f"\n{script.__name__}: {kills} kills ({before_the_first} before the first checkpoint, {where})", end="")
@@ -100,8 +86,8 @@ def watched(name: str, folder: str) -> None:
     """Runs a script in such a way that a file in `folder` says in which function it is."""
     script = importlib.import_module(name)
 
-    def watch(owner: Any, function: str) -> None:
-        original, mark = getattr(owner, function), Path(folder) / function
+    def watch(function: str) -> None:
+        original, mark = getattr(script.Run, function), Path(folder) / function
 
         def call(*args: Any) -> Any:
             mark.touch()
@@ -109,72 +95,39 @@ def watched(name: str, folder: str) -> None:
             mark.unlink()
             return returned
 
-        setattr(owner, function, call)
+        setattr(script.Run, function, call)
 
-    watch(script.Run, "evaluate")
-    watch(script, "write_checkpoint")
+    for function in WATCHED:
+        watch(function)
     script.main()
 
 
-def check(script: ModuleType, run, whole) -> None:
-    """The same weights or tables, curves, evaluations and result as those of a run that was never killed."""
-    assert learned(script, run) == learned(script, whole)
-    assert scalars(run, "charts/SPS") == scalars(whole, "charts/SPS")
-    assert result(run) == result(whole)
-
-
-class Bomb:
-    """What a pickle can do: it runs code where it is opened."""
-
-    def __reduce__(self) -> tuple:
-        return sys.modules["builtins"].exec, ("import conftest; conftest.exploded = True",)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_survival_of_damaged_checkpoints(name: str, tmp_path, capsys):
-    """Cut, flipped, empty, foreign and hostile ones: each is refused with one line, or reads as what was written; no
-    code runs, and the checkpoint before it stays as it is."""
-    script = __import__(name)
-    args = tiny_args(script, total_timesteps=300, checkpoint_every=100, eval_every=300, eval_episodes=1)
-    script.train(script.dataclasses.replace(args, run_dir=str(tmp_path)))
+def test_survival_of_damaged_checkpoints(script: ModuleType, tmp_path, monkeypatch, capsys):
+    """Cut, flipped, empty, foreign and hostile ones: each is refused with one line, or loads; no code runs."""
+    env_id = CORRIDOR.get(script.__name__, "Corridor-v0")
+    args = {"env_id": env_id, "total_timesteps": 300, "checkpoint_every": 100, "eval_every": 300, "eval_episodes": 1}
+    script.train(tiny_args(script, run_dir=str(tmp_path), **args))
     run = only_run(tmp_path)
-    path, previous = run / script.CHECKPOINT, run / f"previous.{script.CHECKPOINT}"
-    whole, older, wanted = path.read_bytes(), previous.read_bytes(), plain(script.read_checkpoint(path))
-    rng, bomb, refused = random.Random(0), io.BytesIO(), 0
-    with zipfile.ZipFile(bomb, "w") as archive:  # where torch.save would put it
-        archive.writestr("archive/data.pkl", pickle.dumps(Bomb()))
-        archive.writestr("archive/version", "3\n")
-    hostile = [b"", pickle.dumps(Bomb()), pickle.dumps({"agent": Bomb()}, protocol=2), bomb.getvalue()]
-    for number in range(DAMAGES):
-        if number < len(hostile):
-            damage = hostile[number]
-        elif number % 2:
-            damage = whole[: rng.randrange(len(whole))]
-        else:
-            flipped = bytearray(whole)
-            for _ in range(rng.choice((1, 1, 10, 1_000))):
-                flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-            damage = bytes(flipped)
+    path = run / script.CHECKPOINT
+    whole, wanted, rng, refused, equal = path.read_bytes(), checkpoint(script, run), random.Random(0), 0, 0
+    found = damages(whole, rng) + [whole[: rng.randrange(len(whole))] for _ in range(DAMAGES // 2)]
+    while len(found) < DAMAGES:
+        found += damages(whole, rng)[12:]
+    for damage in found:
         path.write_bytes(damage)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [f"{name}.py", "--evaluate", str(run)])
-            status = 0
-            try:
-                script.main()
-            except SystemExit as stop:
-                status = stop.code
-        lines = [line for line in capsys.readouterr().err.splitlines() if "WARN" not in line]
-        if status:
-            assert (status, len(lines)) == (2, 1), lines
-            assert f"cannot restore {path}" in lines[0]
+        try:
+            script.load(run)
+            equal += checkpoint(script, run) == wanted
+        except Exception:
             refused += 1
-        else:
-            assert plain(script.read_checkpoint(path)) == wanted
-        assert previous.read_bytes() == older
+            complaint(script, monkeypatch, capsys, "--evaluate", run)
+        assert path.read_bytes() == damage
         assert not hasattr(sys.modules["conftest"], "exploded")
-    assert refused > 0.9 * DAMAGES
+    assert refused > 0.6 * len(found)
     with capsys.disabled():
-        print(f"\n{name}: {DAMAGES} damaged checkpoints, {refused} refused, the others read as they were written")
+        loaded = len(found) - refused
+        print(f"\n{script.__name__}: {len(found)} damaged checkpoints, {refused} refused, {loaded} loaded,", end="")
+        print(f" {equal} of them as they were written")
 
 
 LONG = {  # what keeps a million steps to minutes
@@ -194,6 +147,7 @@ def endure(name: str) -> None:
     env = script.make_env(args)
     agent, episode, window = script.Agent(env.observation_space, env.action_space, args), script.Episode(env, 1), 10_000
     begun, seen = 0.0, []
+    episode.reset()
     for step in range(args.total_timesteps):
         if step in (window, args.total_timesteps - window):
             begun = time.process_time()
