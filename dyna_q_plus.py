@@ -418,12 +418,9 @@ def main() -> None:
         default = Args(env_id=given.env_id, **PRESETS.get(given.env_id, {})) if folder is None else saved_args(folder)
         args = tyro.cli(Args, default=dataclasses.replace(default, env_kwargs={}))  # once more, for what was not given
         args.env_kwargs = default.env_kwargs | given.env_kwargs
-        changed = {name for name, x in vars(args).items() if x != vars(default)[name]} - {
-            "resume",
-            *MUTABLE.split(", "),
-        }
-        if changed and args.resume is not None:
-            raise Failure(f"--resume may change {MUTABLE}, not {', '.join(sorted(changed))}")
+        other = {name for name, x in vars(args).items() if x != vars(default)[name]} - {"resume", *MUTABLE.split(", ")}
+        if other and args.resume is not None:
+            raise Failure(f"--resume may change {MUTABLE}, not {', '.join(sorted(other))}")
         if args.evaluate is None:
             train(args)
         else:
