@@ -404,10 +404,11 @@ def test_a_twin_goes_on_exactly_as_the_original(module, twin, kind):
     live(agent, Corridor(), lambda lengths, rewards: len(rewards) == 60)
     other = twin(agent)
     before = repr(agent.state_dict())
+    assert (other.metrics(), other.q, other.model.pairs) == (agent.metrics(), agent.q, agent.model.pairs)
     for one in (agent, other):
         live(one, Corridor(), lambda lengths, rewards: len(rewards) == 60)
     assert repr(other.state_dict()) == repr(agent.state_dict()) != before
-    assert other.model.pairs == agent.model.pairs
+    assert (other.metrics(), other.model.pairs) == (agent.metrics(), agent.model.pairs)
     assert all(any(pair[0] is row for row in other.q.values()) for pair in other.model.pairs)
 
 
