@@ -84,11 +84,10 @@ class Args:
             raise Failure("--alpha, --gamma and --epsilon must be from 0 to 1")
         if min(self.total_timesteps, self.eval_every, self.eval_episodes, self.checkpoint_every) < 1:
             raise Failure("--total-timesteps, --eval-every, --eval-episodes, --checkpoint-every must be at least 1")
-        if min(self.seed, self.n_planning) < 0 or not self.kappa >= 0:
+        if min(self.seed, self.n_planning) < 0 or not 0 <= self.kappa < 1e9:
             raise Failure("--seed, --n-planning and --kappa must be at least 0")
 
 
-# Defaults of their own for some environments.
 PRESETS = {"FrozenLake-v1": {"total_timesteps": 20_000, "eval_episodes": 100, "gamma": 0.99, "model": "counts"}}
 
 
@@ -151,7 +150,7 @@ class Agent:
     def observe(self, obs: Any, action: int, reward: float, next_obs: Any, terminated: bool, truncated: bool) -> None:
         """Direct Q-learning and model learning; a truncated step keeps the value of its next state."""
         state, next_state, action = self.key(obs), self.key(next_obs), int(action - self.first_action)
-        target = reward + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
+        target = float(reward) + (0.0 if terminated else self.args.gamma * max(self.q[next_state]))
         error = target - self.q[state][action]
         self.q[state][action] += self.args.alpha * error
         self.td_error += 0.01 * (abs(error) - self.td_error)
@@ -198,7 +197,7 @@ class Agent:
         return state | {"last_tried": last_tried, "clock": self.model.clock}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave, into a newly made agent."""
         state = copy.deepcopy(state)
         self.q.update(state["q"])
         self.model, self.td_error = Model(self.q, self.args), state["td_error"]
@@ -439,9 +438,10 @@ def main() -> None:
 
 def check_spaces(space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure where there can be no table: observations have to come back, to the last digit."""
-    large = isinstance(space, gym.spaces.Box) and not (space.is_bounded() and np.prod(space.shape) <= 64)
-    if large or isinstance(space, gym.spaces.Dict) or not isinstance(action_space, gym.spaces.Discrete):
-        raise Failure(f"no table of {space}, {action_space}: try cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
+    for part in space if isinstance(space, gym.spaces.Tuple) else [space]:
+        large = isinstance(part, gym.spaces.Box) and not (part.is_bounded() and np.prod(part.shape) <= 64)
+        if large or isinstance(part, gym.spaces.Dict) or not isinstance(action_space, gym.spaces.Discrete):
+            raise Failure(f"no table of {space}, {action_space}: try cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
 
 
 def state_of(space: gym.Space, obs: Any) -> tuple:

@@ -133,8 +133,8 @@ DECLARED = (
         title="Dyna maze: steps per episode (Sutton & Barto, Figure 8.2)",
         entries=(
             Entry("Q-learning (n=0)", "dyna_q.py", "DynaMaze-v0", 15_000, 30, "--n-planning 0", baseline=True),
-            Entry("Dyna-Q (n=5)", "dyna_q.py", "DynaMaze-v0", 6_000, 30, "--n-planning 5"),
-            Entry("Dyna-Q (n=50)", "dyna_q.py", "DynaMaze-v0", 6_000, 30, "--n-planning 50"),
+            Entry("Dyna-Q (n=5)", "dyna_q.py", "DynaMaze-v0", 10_000, 30, "--n-planning 5"),
+            Entry("Dyna-Q (n=50)", "dyna_q.py", "DynaMaze-v0", 10_000, 30, "--n-planning 50"),
         ),
         arguments="--alpha 0.1 --gamma 0.95 --epsilon 0.1 --model last",
         collect="episodes",

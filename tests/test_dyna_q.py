@@ -401,6 +401,7 @@ def written_and_read(agent: Any) -> Any:
 @pytest.mark.parametrize("twin", [written_and_read, copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
 def test_a_twin_goes_on_exactly_as_the_original(module, twin, kind):
     agent = module.Agent(Discrete(5), Discrete(2), module.Args(model=kind, n_planning=7, epsilon=0.5))
+    see(agent, (2, 1, 1.0, 3))  # so that there is an error and a reward
     live(agent, Corridor(), lambda lengths, rewards: len(rewards) == 60)
     other = twin(agent)
     before = repr(agent.state_dict())
@@ -617,7 +618,7 @@ def test_a_policy_of_nothing_is_drawn(tmp_path, capsys):
 # --- runs -------------------------------------------------------------------------------------------------------------
 def test_training_is_the_box_on_top(module, tmp_path, monkeypatch):
     """Each step acts in the current state, learns from what came of it, then plans; each end is logged."""
-    seen = []
+    seen, seeds = [], []
     for name in ("act", "observe", "update"):
         method = getattr(module.Agent, name)
 
@@ -627,24 +628,31 @@ def test_training_is_the_box_on_top(module, tmp_path, monkeypatch):
             return result
 
         monkeypatch.setattr(module.Agent, name, watched)
+    reset = Corridor.reset
+    monkeypatch.setattr(Corridor, "reset", lambda env, *, seed, options: seeds.append(seed) or reset(env, seed=seed))
+
+    def make(**drawing: str) -> gym.Env:
+        return gym.wrappers.TransformReward(corridor(module, limit=9)(**drawing), lambda reward: reward - 0.25)
+
     args = module.Args(total_timesteps=200, eval_every=200, eval_episodes=1, epsilon=0.8, run_dir=str(tmp_path))
-    result = module.train(args, corridor(module, limit=9))
+    result = module.train(args, make)
     assert [call[0] for call in seen] == ["act", "observe", "update"] * 200
     obs, lengths, returns, length = 0, [], [], 0
     for (_, acted_in, action), (_, *transition), _ in zip(*[iter(seen)] * 3, strict=True):
         length, after = length + 1, max(0, obs + (1 if action else -1))
         assert acted_in == obs
-        assert transition == [obs, action, float(after == 4), after, after == 4, length == 9]
+        assert transition == [obs, action, float(after == 4) - 0.25, after, after == 4, length == 9]
         obs = after
         if after == 4 or length == 9:
-            lengths, returns = [*lengths, length], [*returns, float(after == 4)]
+            lengths, returns = [*lengths, length], [*returns, float(after == 4) - 0.25 * length]
             obs, length = 0, 0
     logged = scalars(only_run(tmp_path))
     assert [value for tag, _, value in logged if tag == "charts/episodic_length"] == lengths
     assert [value for tag, _, value in logged if tag == "charts/episodic_return"] == returns
     assert [step for tag, step, _ in logged if tag == "charts/episodic_return"] == np.cumsum(lengths).tolist()
-    assert set(returns) == {0.0, 1.0}
+    assert {value + 0.25 * length for value, length in zip(returns, lengths, strict=True)} == {0.0, 1.0}
     assert result["env_steps"] == 200
+    assert seeds[: len(lengths)] == [module.seed_of(1, 1, number) for number in range(len(lengths))]
 
 
 def test_the_agent_of_a_run_knows_no_end_where_time_is_up(tmp_path):

@@ -227,6 +227,17 @@ def test_a_run_prints_the_way_of_the_learned_model(seed, tmp_path, capsys):
     assert (run / "policy.png").exists()
 
 
+def test_a_run_draws_the_values_of_the_model_and_not_those_with_the_bonus(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dyna_q_plus, "draw_policy", lambda maze, q, path: drawn.append((q, path.name)))
+    args = Args(total_timesteps=300, eval_every=300, eval_episodes=1, kappa=1.0, run_dir=str(tmp_path))
+    dyna_q_plus.train(args, lambda **drawing: Maze(**BLOCKING, **drawing))
+    (run,) = tmp_path.iterdir()
+    agent = dyna_q_plus.load(run, Maze.observation_space, Maze.action_space)
+    assert drawn == [(agent.values(), "policy.png")]
+    assert agent.values() != agent.q
+
+
 def cumulative_reward(module: ModuleType, maze: dict, steps: int, seed: int, **fields: Any) -> list[float]:
     """Reward so far after every 1000 steps."""
     agent = module.Agent(Maze.observation_space, Maze.action_space, module.Args(seed=seed, **fields))
