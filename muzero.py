@@ -82,7 +82,7 @@ class Args:
     """MuZero (Schrittwieser et al. 2020) and Gumbel MuZero (Danihelka et al. 2022)."""
 
     env_id: str = "CartPole-v1"  # Gymnasium id, or module:Name-v0; here: TicTacToe-v0, KInARow-v0
-    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # for `gym.make`: rows 4
+    env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # gym.make's: name value
     total_timesteps: int = 10_000  # environment steps to learn for, rounded up to a multiple of num_envs
     seed: int = 1  # of every random draw
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks are; auto: a GPU where there is one
@@ -96,9 +96,7 @@ class Args:
     evaluate: str | None = None  # run folder whose agent to evaluate, without learning
     capture_video: bool = False  # record the first episode of each evaluation as a GIF in the run folder
 
-    eval_env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(
-        default_factory=dict
-    )  # more, in evaluations
+    eval_env_kwargs: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)  # more in evaluation
     atari: bool = False  # the usual wrappers of Atari games: random no-ops, 4 frames a step, grey, the last 4 pictures
     num_envs: int = 8  # environments side by side: each call of the network serves as many searches
     gamma: float = 0.99  # discount factor (MuZero, Atari: 0.997); -1 where two players take turns, rewards the mover's

@@ -109,7 +109,7 @@ def lightzero_searches(path: Path, agent: muzero.Agent, obs: np.ndarray) -> dict
 
     @torch.inference_mode()
     def recurrent(latent: np.ndarray, action: list[int]) -> tuple:
-        turns = agent.two_players
+        turns = agent.args.gamma < 0
         latent = muzero.dynamics(agent.parameters, torch.from_numpy(latent), torch.tensor(action), turns)
         reward, value, policy = muzero.predict(agent.parameters, latent)
         reward, value = muzero.expectation(torch.stack([reward, value]), not turns)
