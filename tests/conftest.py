@@ -201,10 +201,16 @@ class Corridor(gym.Env):
 gym.register("Corridor-v0", entry_point=Corridor)
 gym.register("BoxCorridor-v0", entry_point=Corridor, kwargs={"box": True})
 gym.register("ShortCorridor-v0", entry_point=Corridor, max_episode_steps=3)
+gym.register("LimitedCorridor-v0", entry_point=Corridor, max_episode_steps=20)
+
+
+def in_corridor(script: ModuleType) -> list:
+    """For the command line: a corridor that the script can walk in, with a time limit."""
+    return ["--env-id", "LimitedCorridor-v0", "--env-kwargs", "box", script.__name__ in CORRIDOR]
 
 
 def corridor(script: ModuleType, limit: int = 20) -> Callable[..., gym.Env]:
-    """For `train`: makes a corridor that the script can walk in and that is not registered, with a time limit."""
+    """For `train`: makes the same, which need not be registered."""
 
     def make(**drawing: str) -> gym.Env:
         return gym.wrappers.TimeLimit(Corridor(box=script.__name__ in CORRIDOR, **drawing), limit)

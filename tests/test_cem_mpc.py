@@ -968,16 +968,16 @@ def test_gradient_without_a_gradient_returns_one_of_its_sequences():
 
 
 def test_init_from_a_run_that_has_not_learned_is_refused(tmp_path):
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=5))
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=5, eval_episodes=1))
     source = str(only_run(tmp_path / "a"))
     with pytest.raises(cem_mpc.Failure, match="it has not trained its model yet"):
         cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=source))
 
 
 def test_init_from_killed_before_its_first_checkpoint_starts_there_again(tmp_path):
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
     source = only_run(tmp_path / "a")
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=str(source), total_timesteps=30))
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), init_from=str(source), total_timesteps=30, eval_episodes=1))
     run = only_run(tmp_path / "b")
     whole = learned(cem_mpc, run)
     (run / cem_mpc.CHECKPOINT).unlink()
@@ -989,7 +989,7 @@ def test_init_from_killed_before_its_first_checkpoint_starts_there_again(tmp_pat
 
 
 def test_without_a_step_it_evaluates_what_it_starts_from_and_saves_it(tmp_path):
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80))
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "a"), total_timesteps=80, eval_episodes=1))
     task = {"init_from": str(only_run(tmp_path / "a")), "total_timesteps": 0, "eval_episodes": 2}
     outcome = cem_mpc.train(small_args(run_dir=str(tmp_path / "b"), **task))
     run = only_run(tmp_path / "b")
