@@ -77,9 +77,7 @@ class Args:
     """DreamerV3 (Hafner et al. 2025)."""
 
     env_id: str = "CartPole-v1"  # Gymnasium id, or module:Name-v0
-    env_kwargs: dict[str, bool | int | float | str] = field(
-        default_factory=dict
-    )  # for `gym.make`: sutton_barto_reward 1
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # gym.make's: name value
     total_timesteps: int = 10_000  # environment steps to learn for
     seed: int = 1  # of every random draw
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks are; auto: a GPU where there is one
@@ -108,9 +106,7 @@ class Args:
     warmup: int = 200  # updates during which the step size rises from 0 (DreamerV3: 1000; take it for pictures)
     horizon: int = 15  # steps imagined (DreamerV3: 15)
     imagination_starts: int = 4  # states of each sequence, the last ones, that are imagined from (DreamerV3: all)
-    entropy_scale: float = (
-        3e-4  # weight of the policy's entropy (DreamerV3: 3e-4; Catch and Recall of benchmark/: 3e-3)
-    )
+    entropy_scale: float = 3e-4  # weight of the policy's entropy (DreamerV3: 3e-4; Catch, Recall of benchmark/: 3e-3)
     gamma: float = 1 - 1 / 333  # discount factor (DreamerV3: the same)
 
     def __post_init__(self):

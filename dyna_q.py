@@ -209,7 +209,7 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
         if terminated or truncated:
             run.log({"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)})
             episode.reset()
-    if isinstance(env.unwrapped, Maze):
+    if hasattr(env.unwrapped, "layout"):  # one of the mazes below
         draw_policy(env.unwrapped, agent.q, run.path / "policy.png")
     return run.result
 

@@ -80,7 +80,7 @@ class Args:
     """MBPO: soft actor-critic on short rollouts of a learned model (Janner et al. 2019)."""
 
     env_id: str = "Pendulum-v1"  # Gymnasium id, or module:Name-v0
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # for `gym.make`: g 9.81
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # gym.make's: name value
     total_timesteps: int = 3_000  # environment steps to learn for
     seed: int = 1  # of every random draw
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks are; auto: a GPU where there is one
