@@ -866,9 +866,15 @@ gym.register("Sleepy-v0", Sleepy)
 """
 
 
-def begun(folder: Path, *words: object, **options: Any) -> subprocess.Popen:
+def begun(folder: Path, *words: object, hangup: Any = signal.SIG_DFL, **options: Any) -> subprocess.Popen:
+    """A run in a process of its own, which does not inherit what the tests do with signals."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, hangup)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command("dyna_q", *words), cwd=folder, **pipes, **options)
+    return subprocess.Popen(command("dyna_q", *words), cwd=folder, preexec_fn=prepare, **pipes, **options)
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
@@ -918,10 +924,7 @@ def test_only_a_run_that_learns_can_be_continued(tmp_path, monkeypatch, capsys):
 
 
 def test_under_nohup_a_run_goes_on(tmp_path):
-    def as_nohup() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    process = begun(tmp_path, *ENDLESS, preexec_fn=as_nohup)
+    process = begun(tmp_path, *ENDLESS, hangup=signal.SIG_IGN)
     wait_for(tmp_path, "runs/*/events*", process)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
