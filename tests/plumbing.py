@@ -1,7 +1,7 @@
 """Copies the plumbing block, whose one text is plumbing.txt, into every script: `python tests/plumbing.py`.
 
-What differs between scripts stands in the block as «name»; its values are here. What a script has below the block, whose
-last function is `main`, is its own and stays.
+What differs between scripts stands in the block as «name»; its values are here. What a script has below the block,
+whose last function is `main`, is its own and stays.
 """
 
 from pathlib import Path

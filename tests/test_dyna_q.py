@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -740,6 +741,18 @@ def test_the_bare_command_finds_a_path_of_14_or_16_steps(tmp_path):
         dyna_q.train(Args(seed=seed, run_dir=str(tmp_path / str(seed))))
         lengths = [x for tag, _, x in scalars(only_run(tmp_path / str(seed))) if tag == "eval/episodic_length"]
         assert lengths[-1] in (14, 16), seed
+
+
+def test_the_agent_draws_from_a_generator_of_its_own_purpose(module):
+    assert agent_of(module, seed=5).rng.random() == random.Random(module.seed_of(5, 0)).random()
+
+
+def test_rewards_that_are_numpy_numbers_are_kept_as_plain_ones(module):
+    agent = agent_of(module)
+    agent.observe(0, np.int64(1), np.float32(0.5), 2, np.bool_(False), False)
+    assert ast.literal_eval(repr(agent.state_dict())) == agent.state_dict()
+    kept = [number for outcomes in agent.model.outcomes.values() for sums in outcomes.values() for number in sums]
+    assert {type(number) for number in [*kept, *agent.q[0,]]} == {int, float}
 
 
 def frozen_lake(**fields: Any) -> float:

@@ -530,6 +530,7 @@ def test_capture_video_draws_each_state_of_the_first_episode_that_is_acted_in(tm
     assert sorted(file.name for file in run.path.glob("*.gif")) == ["step_10.gif", "step_5.gif"]
     video = Image.open(run.path / "step_5.gif")
     assert video.size == (8, 4)
+    assert video.info["loop"] == 0  # for ever
     frames = [(int(np.asarray(f.convert("L"))[0, 0]), f.info["duration"]) for f in ImageSequence.Iterator(video)]
     assert frames == [(8 * number, 120) for number in range(6)]  # hundredths of a second: 8 pictures a second
 
@@ -910,6 +911,14 @@ def test_a_signal_ends_a_run_in_the_middle_of_an_evaluation(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "--resume runs/worlds-Sleepy-v0__dyna_q__1__" in stderr
+
+
+def test_the_working_folder_comes_last_on_the_path(tmp_path, monkeypatch):
+    paths = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dyna_q, "train", lambda args: paths.extend(sys.path))
+    run_script(dyna_q, monkeypatch)
+    assert paths[-1] == str(tmp_path)
 
 
 def test_only_a_run_that_learns_can_be_continued(tmp_path, monkeypatch, capsys):

@@ -222,17 +222,7 @@ def test_stopped_anywhere_and_resumed_it_ends_as_if_never_stopped(script, tmp_pa
 
 def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_never_killed(script, tmp_path, monkeypatch):
     long, often = (12_000, 100) if script.__name__ in TABULAR else (300, 20)
-    args = [
-        *in_corridor(script),
-        "--total-timesteps",
-        long,
-        "--checkpoint-every",
-        often,
-        "--eval-every",
-        5 * often,
-        "--eval-episodes",
-        1,
-    ]
+    args = ["--total-timesteps", long, "--checkpoint-every", often, "--eval-every", 5 * often, "--eval-episodes", 1]
     run_script(script, monkeypatch, *args, "--run-dir", tmp_path / "whole")
     words = command(script, *args, "--run-dir", tmp_path / "killed")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
