@@ -542,10 +542,11 @@ def test_without_it_an_environment_needs_no_render_mode(tmp_path):
     assert not list(tmp_path.glob("*/*.gif"))
 
 
-def test_where_there_is_no_picture_it_is_told_before_the_training(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("picture", [None, "text"])
+def test_where_there_is_no_picture_it_is_told_before_the_training(picture, tmp_path, monkeypatch, capsys):
     class Blind(World):
-        def render(self) -> None:
-            return None
+        def render(self) -> str | None:
+            return picture
 
     with pytest.raises(Failure, match=r"--capture-video: render\(\) of this environment gives no picture"):
         idle_run(tmp_path, Blind, capture_video=True)
@@ -911,6 +912,17 @@ def test_a_signal_ends_a_run_in_the_middle_of_an_evaluation(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "--resume runs/worlds-Sleepy-v0__dyna_q__1__" in stderr
+
+
+def test_a_fault_of_the_script_in_an_evaluation_is_a_traceback(tmp_path, monkeypatch):
+    train(little_args(tmp_path))
+
+    def play(self: Run) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Run, "play", play)
+    with pytest.raises(ZeroDivisionError):
+        run_script(dyna_q, monkeypatch, "--evaluate", only_run(tmp_path))
 
 
 def test_the_working_folder_comes_last_on_the_path(tmp_path, monkeypatch):
