@@ -187,6 +187,13 @@ class Agent:
         self.rng.setstate(state["rng"])
 
 
+def state_of(space: gym.Space, obs: Any) -> tuple:
+    """An observation as the key of a table, the same for equal observations of any type."""
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(map(state_of, space, obs))
+    return tuple(np.asarray(obs, space.dtype).ravel().tolist())
+
+
 def random_argmax(row: list[float], rng: random.Random) -> int:
     """Index of the largest value; among equal ones a random one (always the first would walk into walls for ever)."""
     best = max(row)
@@ -422,13 +429,6 @@ def check_spaces(space: gym.Space, action_space: gym.Space) -> None:
         large = isinstance(part, gym.spaces.Box) and not (part.is_bounded() and np.prod(part.shape) <= 64)
         if large or isinstance(part, gym.spaces.Dict) or not isinstance(action_space, gym.spaces.Discrete):
             raise Failure(f"no table of {space}, {action_space}: try cem_mpc.py, mbpo.py, muzero.py, dreamer.py")
-
-
-def state_of(space: gym.Space, obs: Any) -> tuple:
-    """An observation as the key of a table, the same for equal observations of any type."""
-    if isinstance(space, gym.spaces.Tuple):
-        return tuple(map(state_of, space, obs))
-    return tuple(np.asarray(obs, space.dtype).ravel().tolist())
 
 
 LAYOUTS = """
