@@ -123,7 +123,7 @@ def test_survival_of_damaged_checkpoints(script: ModuleType, tmp_path, monkeypat
             complaint(script, monkeypatch, capsys, "--evaluate", run)
         assert path.read_bytes() == damage
         assert not hasattr(sys.modules["conftest"], "exploded")
-    assert refused > 0.6 * len(found)
+    assert refused > 0.5 * len(found)  # a flipped bit of a weight goes unnoticed
     with capsys.disabled():
         loaded = len(found) - refused
         print(f"\n{script.__name__}: {len(found)} damaged checkpoints, {refused} refused, {loaded} loaded,", end="")
