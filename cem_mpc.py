@@ -23,9 +23,7 @@ The algorithm (Chua et al. 2018, "Deep Reinforcement Learning in a Handful of Tr
 
 What differs from the authors' code, kchua/handful-of-trials, but for settings, of which the fields name theirs:
 
-    - Rewards and terminations are learned, so that an environment is all that is needed (theirs are given). No
-      termination must be overlooked, so they weigh more in training; the price: where episodes end by chance, an end
-      is expected far too often, and near a boundary too early, which attracts where rewards are negative.
+    - Rewards and terminations are learned, so that an environment is all that is needed (theirs are given).
     - A search imagines 960 sequences for each action, counting particles, and not 40,000; it never stops early.
     - Targets are standardised like inputs. Trainings have a hold-out set and stop early (MBPO, Janner et al. 2019).
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value is
@@ -33,15 +31,6 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
 
 Run:     python cem_mpc.py
          python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
-Expect:  returns of each seed over 5 episodes (Reacher-v5: 20), and minutes a seed on one of 2 busy CPU cores, with its
-         evaluations (on Pendulum-v1, where a random policy scores about -1,200, every 250 steps).
-
-    environment          steps  returns                                               minutes
-    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              10 to 13; one seed: 34
-    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12
-    InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                 10 to 11
-    CartPole-v1          2,000  500, the maximum (3 of 3 seeds; 494 to 500 at 1,000)  11 to 14
-    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18
 """
 
 import copy
@@ -59,7 +48,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -101,17 +90,16 @@ class Args:
 
     ensemble_size: int = 5  # networks in the ensemble (PETS: 5, MBPO: 7)
     num_elites: int = 5  # networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)
-    hidden: tuple[int, ...] = (200, 200, 200)  # units of each hidden layer of the dynamics (PETS: 3 or 4 layers of 200)
-    weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 1e-4)  # of each layer, on half the squared weights (MBPO)
+    hidden: tuple[int, ...] = (128, 128)  # units of each hidden layer of the dynamics (PETS: 3 or 4 layers of 200)
+    weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4)  # of each layer of the dynamics, on half the squares (MBPO)
     model_lr: float = 1e-3  # step size of Adam for the ensemble (PETS, MBPO)
     model_batch_size: int = 256  # most rows of a batch, a sixteenth of the data, but at least 32 (MBPO: 256, PETS: 32)
-    train_every: int = 50  # environment steps between two trainings of the ensemble (PETS: a trial)
-    patience: int = 5  # a training ends after more epochs without a member better by 1 % on the hold-out set (MBPO)
+    train_every: int = 100  # environment steps between two trainings of the ensemble (PETS: a trial)
+    patience: int = 10  # a training ends after more epochs in which nothing gets better (MBPO: 5)
     max_updates: int = 1_000  # gradient steps after whose epoch a training ends in any case (PETS: 5 epochs a trial)
-    holdout_ratio: float = 0.1  # probability that a transition is held out, and no network trained on it (MBPO: 0.2)
-    max_holdout: int = 5_000  # largest size of the hold-out set (MBPO)
+    holdout_ratio: float = 0.1  # probability that a step is held out, and no network trained on it (MBPO: 0.2)
 
-    planner: Literal["random_shooting", "cem", "icem", "mppi", "gradient"] = "cem"  # the search; Discrete: first two
+    planner: Literal["random_shooting", "cem", "icem", "gradient"] = "cem"  # the search; for Discrete the first two
     horizon: int = 25  # steps imagined (PETS: 25 to 30)
     population: int = 64  # sequences scored in an iteration (PETS: 400 to 500)
     iterations: int = 3  # of the search for each action (PETS: 5; random_shooting: so many populations at once)
@@ -120,15 +108,12 @@ class Args:
     particles: int = 5  # imagined futures of each sequence, a multiple of num_elites (PETS: 20)
     sampling: Literal["ts1", "tsinf"] = "tsinf"  # a particle keeps its member (tsinf), or gets one anew at every step
     noise_beta: float = 2.0  # icem: exponent of the noise's spectrum; 0 is white, larger smoother (Pinneri et al. 2020)
-    keep: float = 0.3  # icem: share of the best sequences that the next search starts with (Pinneri et al. 2020)
-    temperature: float = 0.1  # mppi: of the weights exp(return / temperature), with returns at unit deviation
-    plan_lr: float = 0.1  # gradient: step size of Adam on the sequences, in units of half the action range
     terminal_value: bool = False  # add the value of the last imagined state to the return; learned from the real steps
 
     def __post_init__(self):
-        ranges = {"total_timesteps": (0, math.inf), "seed": (0, math.inf), "noise_beta": (0, 10)}
-        ranges |= {"gamma": (0, 1), "keep": (0, 1), "momentum": (0, 0.999), "holdout_ratio": (0, 0.9)}
-        ranges |= dict.fromkeys(("model_lr", "temperature", "plan_lr"), (1e-9, 1e9))
+        ranges = {"total_timesteps": (0, math.inf), "seed": (0, math.inf), "noise_beta": (0, 10), "gamma": (0, 1)}
+        ranges |= {"model_lr": (1e-9, 1), "momentum": (0, 0.999), "holdout_ratio": (0, 0.9)}
+        ranges |= {"num_elites": (1, self.ensemble_size), "num_best": (1, self.population)}
         for name, value in vars(self).items():
             low, high = ranges.get(name, (1, math.inf))
             if type(value) in (int, float) and not low <= value <= high:  # so that a NaN is refused, too
@@ -136,10 +121,9 @@ class Args:
 
 
 # Settings by environment that differ from the defaults; what the command line says wins.
-SMALL = {"train_every": 100, "hidden": (128, 128), "weight_decay": (2.5e-5, 5e-5, 1e-4)}
-ICEM = {"planner": "icem", "noise_beta": 0.5, "horizon": 10, "population": 100, "iterations": 4, "train_every": 100}
+ICEM = {"planner": "icem", "noise_beta": 0.5, "horizon": 10, "population": 100, "iterations": 4}
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15} | SMALL,
+    "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15},
     "Acrobot-v1": {"total_timesteps": 2_000, "terminal_value": True},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "eval_every": 2_000} | ICEM,
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
@@ -148,76 +132,67 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N rows of the data or
 # sequences, P particles of a sequence, H steps, A action_size.
-Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
-Networks = tuple[Layers, Layers, Layers]  # for dynamics, reward and termination
+Layers = list[Tensor]  # of G networks: weight (G, out, in), bias (G, 1, out), weight, bias, ...
+
+
+def networks(count: int, sizes: Sequence[int], generator: torch.Generator) -> nn.ParameterList:
+    """The layers of `count` networks, with the initial weights of the authors' code of PETS and MBPO."""
+    layers = nn.ParameterList()
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        std, weight = 1 / (2 * math.sqrt(fan_in)), torch.empty(count, fan_out, fan_in, device=generator.device)
+        layers.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
+        layers.append(torch.zeros(count, 1, fan_out, device=generator.device))
+    return layers
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:
     """(G, B, in) -> (G, B, out): G networks at once, each layer one batched matrix product."""
     *hidden, (weight, bias) = zip(layers[::2], layers[1::2], strict=True)
     for hidden_weight, hidden_bias in hidden:
-        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight))  # (G, B, hidden)
-    return torch.baddbmm(bias, x, weight)
+        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight.mT))  # (G, B, hidden)
+    return torch.baddbmm(bias, x, weight.mT)
 
 
 class Ensemble(nn.Module):
-    """E members, each of three networks: the dynamics, from (obs, action) to a Gaussian over delta obs; the reward,
-    from (delta obs, action, next obs); and the logit of termination, from next obs. Reward and termination often jump
-    at a boundary, which is sharp in the next obs and blurred in the one before.
+    """E members, each of two networks: the dynamics, from (obs, action) to a Gaussian over delta obs; and the outcome,
+    from (delta obs, action, next obs) to the reward and the logit of termination. These often jump at a boundary, which
+    is sharp in the next obs and blurred in the one before.
 
     Inputs and targets are standardised. What is constant in the data is scaled to zero and predicted without error.
+    `reward_fn` and `termination_fn`, of obs, action, next_obs (..., size) to (...), replace what is learned.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        device = generator.device
-
-        def layers(*sizes: int) -> nn.ParameterList:
-            parameters = nn.ParameterList()
-            for fan_in, fan_out in itertools.pairwise(sizes):
-                std = 1 / (2 * math.sqrt(fan_in))  # as in the authors' code of PETS and MBPO
-                weight = torch.empty(args.ensemble_size, fan_in, fan_out, device=device)
-                parameters.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
-                parameters.append(torch.zeros(args.ensemble_size, 1, fan_out, device=device))
-            return parameters
-
-        self.dynamics = layers(obs_size + action_size, *args.hidden, 2 * obs_size)
-        self.reward = layers(obs_size + action_size + obs_size, 128, 128, 1)
-        self.termination = layers(obs_size, 64, 64, 1)
+        members, device = args.ensemble_size, generator.device
+        self.dynamics = networks(members, (obs_size + action_size, *args.hidden, 2 * obs_size), generator)
+        self.outcome = networks(members, (obs_size + action_size + obs_size, 64, 64, 2), generator)
         self.max_logvar = nn.Parameter(torch.full((obs_size,), 0.5, device=device))
         self.min_logvar = nn.Parameter(torch.full((obs_size,), -10.0, device=device))
-        for name, size in (("obs", obs_size), ("action", action_size), ("delta", obs_size), ("reward", 1)):
+        self.sizes = {"obs": obs_size, "action": action_size, "delta": obs_size, "reward": 1, "terminated": 1}
+        for name, size in self.sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
             self.register_buffer(f"{name}_std", torch.ones(size, device=device))
-        self.register_buffer("terminal_weight", torch.ones(1, device=device))
+            self.register_buffer(f"{name}_inverse", torch.ones(size, device=device))  # 1 / std, or 0 where that is 0
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
+        self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes means, standard deviations and the share of terminations from columns (N, size)."""
-
-        def scale(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes means and standard deviations from columns (N, size); 0 where it is no more than rounding."""
+        for name in self.sizes:  # a flag that is raised when an episode ends is in next observations only
+            values = torch.cat([data["obs"], data["obs"] + data["delta"]]) if name == "obs" else data[name]
             std = values.std(0, correction=0)
-            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
-
-        for name in ("obs", "action", "delta", "reward"):
-            mean, std = scale(data[name])
-            if name == "obs":  # a flag that is raised when an episode ends is in next observations only
-                next_mean, next_std = scale(data["obs"] + data["delta"])
-                mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
-            getattr(self, f"{name}_mean").copy_(mean)
+            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
+            getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(std)
-        # Terminations are rare, and to overlook one mostly costs more than to expect one too many: together they count
-        # for as much as all other rows (each up to 1,000 times as much).
-        share = data["terminated"].mean().clamp_min(1e-9)
-        self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
+            getattr(self, f"{name}_inverse").copy_(torch.where(std > 0, 1 / std, 0.0))
 
     def standardise(self, name: str, values: Tensor) -> Tensor:
-        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
-        return (values - mean) * torch.where(std > 0, 1 / std, 0.0)
+        return (values - getattr(self, f"{name}_mean")) * getattr(self, f"{name}_inverse")
 
-    def select(self, members: Tensor | slice = slice(None)) -> Networks:
-        """The networks for dynamics, reward and termination of some members (G,), or of all."""
-        return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
+    def select(self, members: Tensor | slice = slice(None)) -> tuple[Layers, Layers]:
+        """The dynamics and outcome networks of some members (G,), or of all."""
+        return [layer[members] for layer in self.dynamics], [layer[members] for layer in self.outcome]
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
         """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
@@ -228,275 +203,208 @@ class Ensemble(nn.Module):
         return mean, logvar
 
     def predict(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
-        """As `gaussian`, but mean and standard deviation in the environment's units."""
+        """As `gaussian`, but mean and standard deviation of delta in the environment's units."""
         mean, logvar = self.gaussian(obs, action, dynamics)
         return mean * self.delta_std + self.delta_mean, (0.5 * logvar).exp() * self.delta_std
 
-    def predict_reward(self, delta: Tensor, action: Tensor, next_obs: Tensor, reward: Layers) -> Tensor:
-        """Of steps (G, B, size): standardised reward (G, B, 1)."""
+    def judge(self, delta: Tensor, action: Tensor, next_obs: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
+        """Steps (G, B, size) -> standardised reward and logit of termination (G, B, 1). The logit starts from that of
+        the share of terminations in the data."""
         x = [self.standardise("delta", delta), self.standardise("action", action), self.standardise("obs", next_obs)]
-        return mlp(torch.cat(x, dim=-1), reward)
+        reward, logit = mlp(torch.cat(x, dim=-1), outcome).chunk(2, dim=-1)
+        return reward, logit + self.terminated_mean.logit(eps=1e-6)
 
-    def termination_logit(self, next_obs: Tensor, termination: Layers) -> Tensor:
-        """next_obs (G, B, obs_size) -> (G, B, 1)."""
-        return mlp(self.standardise("obs", next_obs), termination)
+    def reward_and_end(self, obs: Tensor, action: Tensor, delta: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
+        """Steps (G, B, size) -> rewards, and probabilities that the episode ends with the step, (G, B)."""
+        next_obs = obs + delta
+        if self.reward_fn is None or self.termination_fn is None:
+            reward, logit = self.judge(delta, action, next_obs, outcome)
+            reward, end = (reward * self.reward_std + self.reward_mean).squeeze(-1), logit.sigmoid().squeeze(-1)
+        if self.reward_fn is not None:
+            reward = self.reward_fn(obs, action, next_obs).view(obs.shape[:-1])
+        if self.termination_fn is not None:
+            end = self.termination_fn(obs, action, next_obs).view(obs.shape[:-1]).float()
+        return reward, end
 
 
-def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
-    delta obs (PETS, equation 1, a mean over dimensions) and squared error of its mean; squared error of the reward, and
-    cross-entropy of termination."""
-    dynamics, reward, termination = model.select()
-    delta, next_obs = batch["delta"], batch["obs"] + batch["delta"]
-    mean, logvar = model.gaussian(batch["obs"], batch["action"], dynamics)
-    squared = (mean - model.standardise("delta", delta)) ** 2
-    nll = squared * (-logvar).exp() + logvar
-    predicted = model.predict_reward(delta, batch["action"], next_obs, reward)
-    reward_error = (predicted - model.standardise("reward", batch["reward"])) ** 2
-    logit, weight = model.termination_logit(next_obs, termination), model.terminal_weight
-    cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], pos_weight=weight, reduction="none")
-    return nll.mean((1, 2)), squared.mean((1, 2)), reward_error.mean((1, 2)), cross_entropy.mean((1, 2))
+    delta obs (PETS, equation 1, a mean over dimensions), and squared error of its mean."""
+    mean, logvar = model.gaussian(batch["obs"], batch["action"], model.select()[0])
+    squared = (mean - model.standardise("delta", batch["delta"])) ** 2
+    return (squared * (-logvar).exp() + logvar).mean((1, 2)), squared.mean((1, 2))
 
 
-def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """What an update lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
+def outcome_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same for the squared error of the reward and the cross-entropy of termination, each row with its `weight`."""
+    reward, logit = model.judge(batch["delta"], batch["action"], batch["obs"] + batch["delta"], model.select()[1])
+    squared = (reward - model.standardise("reward", batch["reward"])) ** 2
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], reduction="none")
+    return (batch["weight"] * squared).mean((1, 2)), (batch["weight"] * cross_entropy).mean((1, 2))
 
-    The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
-    reward networks have none.
-    """
-    nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    factors, weights = [*weight_decay, 0.01, 0.01, 0.01], [*model.dynamics[::2], *model.termination[::2]]
-    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
-    bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
-    return (nll + reward_error + cross_entropy).sum() + decay + bounds
+
+def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an update lowers, besides the weight decay: the losses of all members, of the dynamics on `batch`, of the
+    outcome on `drawn`, and the pull on the bounds of the variance (PETS, A.1). Returns the outcome's mean as well."""
+    outcome_loss = sum(outcome_losses(model, drawn))
+    loss = (dynamics_losses(model, batch)[0] + outcome_loss).sum()
+    return loss + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum()), outcome_loss.detach().mean()
+
+
+def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
+    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's)."""
+    decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
+    groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
+    groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
+    groups += [{"params": list(model.outcome), "weight_decay": 1e-4, "lr": 3 * args.model_lr}]
+    return torch.optim.Adam(groups, lr=args.model_lr, fused=True)
 
 
 def fit(
     model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
-    """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
-    weights, and so is each reward network; terminations in the hold-out set are too few to tell.
+    """Trains the ensemble until neither a dynamics network gets better on the hold-out set, by the squared error of its
+    mean (a variance that is still off must not decide; MBPO's code), nor the loss of the outcome falls. Each dynamics
+    network is left with its best weights.
 
-    The hold-out error of the dynamics is the squared error of the mean: a variance that is still off must not decide
-    (MBPO's code).
+    Rewards and ends that matter may be so rare that none is held out. So the outcome networks keep their last weights,
+    and half of their rows are drawn for how unusual reward and end are; in the loss these weigh by as much less
+    (importance sampling), so that an end is not expected more often than it comes.
     """
-    columns = {name: data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
-    held_out = data.column("holdout")[:, 0]
-    seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    unseen = unseen if len(unseen) else seen  # the first few rows may all have been drawn for training
-    members, device = len(model.dynamics[0]), seen.device
-    model.set_scale({name: column[seen] for name, column in columns.items()})
-    holdout = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
-    batch_size = min(args.model_batch_size, max(32, len(seen) // 16))
-    # The bootstrap: every member has rows of its own, drawn with replacement; of much data no more than `max_updates`
-    # can use, which bounds the time of a training.
-    count = min(len(seen), args.max_updates * batch_size)
-    rows = seen[torch.randint(len(seen), (members, count), generator=generator, device=device)]  # (E, N)
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # errors (dynamics, reward)
-    layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
-    best_layers = [layer.detach().clone() for _, layer in layers]
+    held_out = data.columns()["holdout"][:, 0] > 0
+    train = data.columns(~held_out)
+    if not held_out.any():  # the first few rows may all have been drawn for training
+        held_out = ~held_out
+    members, device, size = args.ensemble_size, held_out.device, len(train["obs"])
+    holdout = {name: column.expand(members, -1, -1) for name, column in data.columns(held_out).items()}
+    holdout["weight"] = torch.ones_like(holdout["reward"])
+    model.set_scale(train)
+    unusual = sum(model.standardise(name, train[name]).abs()[:, 0] for name in ("reward", "terminated"))  # (N,)
+    density = 1 + unusual / unusual.mean().clamp_min(1e-9)
+    train["weight"] = density.mean() / density[:, None]
+
+    batch_size = min(args.model_batch_size, max(32, size // 16), size)
+    batches = min(size // batch_size, args.max_updates)  # in an epoch
+    # The bootstrap: every member has rows of its own, drawn with replacement.
+    rows = torch.randint(size, (members, batches * batch_size), generator=generator, device=device)
+    best, lowest, best_layers = math.inf, math.inf, [layer.detach().clone() for layer in model.dynamics]
+    stale = updates = 0
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
-        for batch in shuffled.split(batch_size, dim=1):  # (E, B)
-            loss = ensemble_loss(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
+        drawn = density.multinomial(rows.numel(), replacement=True, generator=generator).view_as(rows)
+        outcome_loss = 0.0
+        for batch, other in zip(shuffled.split(batch_size, dim=1), drawn.split(batch_size, dim=1), strict=True):
+            parts = ({name: column[index] for name, column in train.items()} for index in (batch, other))  # (E, B)
+            loss, of_outcome = ensemble_loss(model, *parts)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            updates += 1
-
+            outcome_loss += of_outcome / batches
+        updates += batches
         with torch.no_grad():
-            error = torch.stack(ensemble_losses(model, holdout)[1:3])  # (2, E)
-            improved = error < 0.99 * best
-            best = torch.where(improved, error, best)
-            for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
-                best_layer[improved[kind]] = layer[improved[kind]]
-        stale = 0 if improved[0].any() else stale + 1
+            error = dynamics_losses(model, holdout)[1]  # (E,)
+            improved, fell = error < 0.99 * best, outcome_loss < 0.97 * lowest
+            best, lowest = torch.where(improved, error, best), torch.where(fell, outcome_loss, lowest)
+            for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
+                best_layer[improved] = layer[improved]
+        stale = 0 if improved.any() or fell else stale + 1
 
     with torch.no_grad():
-        for (_, layer), best_layer in zip(layers, best_layers, strict=True):
+        for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
             layer.copy_(best_layer)
-        losses = [loss.mean().item() for loss in ensemble_losses(model, holdout)]
-    model.elites.copy_(best[0].argsort()[: len(model.elites)])
+        losses = [loss.mean().item() for loss in (*dynamics_losses(model, holdout), *outcome_losses(model, holdout))]
+    model.elites.copy_(best.argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
     return logs | {"losses/model_loss": loss.item(), "model/updates": float(updates)}
 
 
-class Lookahead(NamedTuple):
-    """For S states, of which the real ones are the first, what the model foresees for K sequences of actions."""
-
-    states: Tensor  # (S, obs_size)
-    after: Tensor  # (K, S, obs_size): the states at the end of the sequences
-    rewards: Tensor  # (K, S): the sum of the discounted rewards on the way
-    discounts: Tensor  # (K, S): gamma^steps, times the chance that the episode still goes on, as `outcome` has it
-
-
-class Value(nn.Module):
-    """V(s), learned from the lambda-returns of all real steps (Sutton & Barto, section 12.1; off-policy, uncorrected):
-    old ones, too, which show the failures that the agent has learned to avoid. Where actions are Discrete, the target
-    is the larger of the lambda-return and what the best sequence of a `Lookahead` brings: otherwise a good state in
-    which the agent acted badly would look bad. (For a Box this picks the errors of the model.)
-
-    The value is the mean of the networks minus two standard deviations: far from the data each says something else, and
-    what is not known must not attract. They get new weights each time: a network that has followed changing targets for
-    long judges states that it has not seen worse (Nikishin et al. 2022). The scale of the returns stays.
-    """
-
-    networks, hidden, trace, batch_size = 5, 64, 0.8, 256  # trace: lambda
-    rounds, updates = 20, 100  # the targets are computed anew in each round
-
-    def __init__(self, obs_size: int, generator: torch.Generator):
-        super().__init__()
-        device = generator.device
-        for name, size in (("obs", obs_size), ("return", 1)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
-            self.register_buffer(f"{name}_std", torch.ones(size, device=device))
-        self.register_buffer("most", torch.zeros(1, device=device))  # no return is larger
-        self.reset(generator)
-
-    def reset(self, generator: torch.Generator) -> None:
-        """New weights."""
-        self.layers = nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise((len(self.obs_mean), self.hidden, self.hidden, 1)):
-            weight = torch.empty(self.networks, fan_in, fan_out, device=generator.device)
-            self.layers.append(nn.init.normal_(weight, std=1 / math.sqrt(fan_in), generator=generator))
-            self.layers.append(torch.zeros(self.networks, 1, fan_out, device=generator.device))
-
-    def standardised(self, obs: Tensor) -> Tensor:
-        """(G, B, obs_size) -> standardised values (G, B): row g by network g."""
-        return mlp((obs - self.obs_mean) / self.obs_std, list(self.layers)).squeeze(-1)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """(..., obs_size) -> (...), in units of return."""
-        values = self.standardised(obs.reshape(1, -1, obs.shape[-1]).expand(self.networks, -1, -1))
-        mean = values.mean(0) * self.return_std + self.return_mean
-        spread = values.std(0, correction=0) * self.return_std
-        return (mean.clamp(max=self.most) - 2 * spread).view(obs.shape[:-1])
-
-    def lambda_returns(self, data: "Buffer", gamma: float) -> Tensor:
-        """Of all steps, (size,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step) (exercise
-        12.1). A termination ends it; where an episode was truncated or still goes on, the last term is V as well."""
-        order = data.episode[: data.size].argsort(stable=True)  # several environments may have stepped in turn
-        next_value = self(data.column("obs") + data.column("delta"))[order].tolist()
-        columns = (data.column(name)[order, 0].tolist() for name in ("reward", "terminated", "episode"))
-        reward, terminated, episode = columns
-        returns = [0.0] * data.size
-        for step in reversed(range(data.size)):
-            after = next_value[step]
-            if step + 1 < data.size and episode[step] == episode[step + 1]:
-                after = (1 - self.trace) * after + self.trace * returns[step + 1]
-            returns[step] = reward[step] + gamma * after * (not terminated[step])
-        return torch.tensor(returns, device=data.obs.device)[order.argsort()]
-
-    def fit(
-        self, data: "Buffer", lookahead: Lookahead | None, gamma: float, generator: torch.Generator
-    ) -> dict[str, float]:
-        """Learns the value of all real states, and of those of `lookahead`."""
-        self.reset(generator)
-        optimizer = torch.optim.Adam(self.layers, lr=1e-3, fused=True)
-        obs, largest = data.column("obs") if lookahead is None else lookahead.states, data.column("reward").max()
-        # The largest reward for ever if it is positive, for one step if it is negative.
-        self.most.fill_(torch.maximum(largest, largest / max(1 - gamma, 1e-6)))
-        obs_std = obs.std(0, correction=0)
-        self.obs_mean.copy_(obs.mean(0))
-        self.obs_std.copy_(torch.where(obs_std <= 1e-6 * obs.abs().amax(0), 1.0, obs_std))
-        for _ in range(self.rounds):
-            with torch.no_grad():
-                wanted = self.lambda_returns(data, gamma)
-                if lookahead is not None:
-                    best = (lookahead.rewards + lookahead.discounts * self(lookahead.after)).amax(0)
-                    best[: data.size] = torch.maximum(best[: data.size], wanted)
-                    wanted = best
-                wanted = wanted.clamp(max=self.most)
-                self.return_mean.fill_(wanted.mean())
-                self.return_std.fill_(wanted.std(correction=0) + 1e-6)
-                wanted = (wanted - self.return_mean) / self.return_std
-            for _ in range(self.updates):
-                shape = (self.networks, self.batch_size)
-                rows = torch.randint(len(obs), shape, generator=generator, device=obs.device)
-                loss = ((self.standardised(obs[rows]) - wanted[rows]) ** 2).mean(1).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return {"losses/value_loss": loss.item() / self.networks}
-
-
 class Buffer:
-    """All real transitions, in tensors that double when they are full."""
+    """All real steps, the rows of a table that doubles when it is full. A column is (size, width)."""
 
-    def __init__(self, obs_size: int, action_size: int, device: torch.device):
-        self.size = 0
-        self.obs, self.delta = (torch.zeros(1024, obs_size, device=device) for _ in range(2))
-        self.action = torch.zeros(1024, action_size, device=device)
-        self.reward = torch.zeros(1024, device=device)
-        self.episode = torch.zeros(1024, dtype=torch.int64, device=device)
-        self.terminated, self.holdout = (torch.zeros(1024, dtype=torch.bool, device=device) for _ in range(2))
+    def __init__(self, device: torch.device, **widths: int):
+        self.widths, self.size, self.table = widths, 0, torch.zeros(1024, sum(widths.values()), device=device)
+
+    def columns(self, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+        """Columns of all steps, or of some (..., width)."""
+        return dict(zip(self.widths, self.table[: self.size][rows].split(list(self.widths.values()), -1), strict=True))
 
     def add(self, **row: Any) -> None:
-        """Appends a transition: obs, action, reward, delta, terminated, episode, holdout."""
-        for name, value in row.items():
-            column = getattr(self, name)
-            if self.size == len(column):
-                column = torch.cat([column, torch.zeros_like(column)])
-                setattr(self, name, column)
-            column[self.size] = torch.as_tensor(value)
+        """Appends a step."""
+        if self.size == len(self.table):
+            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
         self.size += 1
-
-    def column(self, name: str) -> Tensor:
-        """The filled part of a column, (size, width)."""
-        return getattr(self, name)[: self.size].view(self.size, -1)
-
-    def draw_holdout(self, ratio: float, most: int, generator: torch.Generator) -> bool:
-        """Whether the next row is to be held out. Where `most` are held out already, it takes the place of one of them,
-        which goes to training: the hold-out set is a sample of old and new rows alike."""
-        draw = torch.rand((), generator=generator, device=self.obs.device).item()
-        if self.size == 0 or draw >= min(ratio, most / (self.size + 1)):
-            return False
-        held = self.column("holdout")[:, 0].nonzero()[:, 0]
-        if len(held) >= most:
-            self.holdout[held[torch.randint(len(held), (1,), generator=generator, device=held.device)]] = False
-        return True
+        for name, column in self.columns().items():
+            column[-1] = torch.as_tensor(row[name])
 
     def state_dict(self) -> dict:
-        return {name: value[: self.size].clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {"table": self.table[: self.size].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.size = len(state["obs"])
-        for name, value in state.items():
-            column = getattr(self, name)
-            setattr(self, name, torch.cat([value.to(column.device), column[self.size :]]))
+        self.size = len(state["table"])
+        self.table = torch.cat([state["table"].to(self.table.device), self.table[self.size :]])
 
 
-def outcome(model, networks: Networks, state, action, delta, reward_fn, termination_fn) -> tuple[Tensor, Tensor]:
-    """Rewards (G, B) of steps (G, B, size), and the chance that the episode still goes on after them, (G, B): too low,
-    where it is learned, as terminations weigh more in training (`set_scale`)."""
-    next_state = state + delta
-    if reward_fn is None:
-        reward = model.predict_reward(delta, action, next_state, networks[1]).squeeze(-1)
-        reward = reward * model.reward_std + model.reward_mean
-    else:
-        reward = reward_fn(state, action, next_state)
-    if termination_fn is None:
-        survival = torch.sigmoid(-model.termination_logit(next_state, networks[2])).squeeze(-1)  # 1 - sigmoid(logit)
-    else:
-        survival = termination_fn(state, action, next_state).logical_not()
-    return reward, survival
+def value(layers: Layers, obs: Tensor) -> Tensor:
+    """Standardised observations (..., obs_size) -> (...): the mean of the networks minus two standard deviations. Far
+    from the data each says something else, and what is not known must not attract."""
+    values = mlp(obs.reshape(1, -1, obs.shape[-1]).expand(len(layers[0]), -1, -1), layers)
+    return (values.mean(0) - 2 * values.std(0, correction=0)).view(obs.shape[:-1])
 
 
-def imagine(
-    model, networks, obs, plans, noise, permutations, gamma: float, reward_fn=None, termination_fn=None, value_fn=None
-) -> Tensor:
+def lambda_returns(data: dict[str, Tensor], next_value: Tensor, gamma: float, trace: float = 0.8) -> Tensor:
+    """Of all steps, (N,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step) (Sutton & Barto,
+    exercise 12.1). A termination ends it; where an episode was truncated or still goes on, the last term is V as well.
+    """
+    columns = (data[name].view(-1).tolist() for name in ("reward", "terminated", "last"))
+    returns, following = [], 0.0
+    for reward, terminated, last, next_v in reversed([*zip(*columns, next_value.tolist(), strict=True)]):
+        weight = trace if returns and not last else 0.0
+        following = reward + gamma * (1 - terminated) * ((1 - weight) * next_v + weight * following)
+        returns.append(following)
+    return torch.tensor(returns[::-1], device=next_value.device)
+
+
+def fit_value(model: Ensemble, buffer: Buffer, gamma: float, generator: torch.Generator) -> tuple[Layers, float]:
+    """Networks for V(s), and their loss, learned from the lambda-returns of all real steps (off-policy, uncorrected):
+    old ones, too, which show the failures that the agent has learned to avoid.
+
+    Their weights are new: networks that have followed changing targets for long judge states that they have not seen
+    worse (Nikishin et al. 2022).
+    """
+    data, layers = buffer.columns(), list(networks(5, (len(model.obs_mean), 64, 64, 1), generator))
+    optimizer = torch.optim.Adam([layer.requires_grad_() for layer in layers], lr=1e-3, fused=True)
+    step = data["obs"], data["action"], data["obs"] + data["delta"]
+    for name, function in (("reward", model.reward_fn), ("terminated", model.termination_fn)):
+        data[name] = data[name] if function is None else function(*step).float()
+    obs, next_obs = model.standardise("obs", step[0]), model.standardise("obs", step[2])
+    mean, std = torch.zeros(2, device=obs.device)
+    for _ in range(20):  # the targets are computed anew in each round
+        with torch.no_grad():
+            wanted = lambda_returns(data, value(layers, next_obs) * std + mean, gamma)
+            mean, std = wanted.mean(), wanted.std(correction=0) + 1e-6
+            wanted = ((wanted - mean) / std)[:, None]
+        for _ in range(100):
+            rows = torch.randint(len(obs), (5, 256), generator=generator, device=obs.device)
+            loss = ((mlp(obs[rows], layers) - wanted[rows]) ** 2).mean((1, 2)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    *layers, weight, bias = (layer.detach() for layer in layers)
+    return [*layers, weight * std, bias * std + mean], loss.item() / 5  # in units of return
+
+
+def imagine(model, networks, obs, plans, noise, permutations, gamma: float, value_layers: Layers) -> Tensor:
     """Trajectory sampling (PETS, section 5.1): expected returns (N,) of action sequences.
 
-    obs (obs_size,), plans (N, H, A) in the environment's units, noise (H, G, N * P / G, obs_size) standard normal. Of
-    the P particles of a sequence, each of the G members of `networks` takes P / G: for all H steps the same ones (TS
-    infinity: `permutations` is None), or before every step the G particles of a row are dealt out anew (TS1), by
-    `permutations` (H, G, N * P / G) of the members' numbers.
+    obs (obs_size,), plans (N, H, A) in the environment's units, noise (H, G, N * P / G, obs_size) standard normal. Each
+    of the G members of `networks` takes P / G particles of a sequence: for all H steps the same ones (TS infinity), or
+    before every step they are dealt out anew (TS1), by `permutations` (H, G, N * P / G) of the members' numbers.
     """
-    groups, rows = noise.shape[1:3]
+    (dynamics, outcome), (groups, rows) = networks, noise.shape[1:3]
     actions = plans.repeat_interleave(rows // len(plans), dim=0)  # (R, H, A), R = N * P / G
     state = obs.expand(groups, rows, -1)  # (G, R, obs_size)
-    alive = torch.ones(groups, rows, device=obs.device)  # the chance that the episode still goes on
+    alive = torch.ones(groups, rows, device=obs.device)  # the probability that the episode still goes on
     returns = torch.zeros(groups, rows, device=obs.device)
     for step in range(plans.shape[1]):
         if permutations is not None:
@@ -504,41 +412,36 @@ def imagine(
             state = state.gather(0, to[..., None].expand_as(state))
             alive, returns = alive.gather(0, to), returns.gather(0, to)
         action = actions[:, step].expand(groups, -1, -1)
-        mean, std = model.predict(state, action, networks[0])
+        mean, std = model.predict(state, action, dynamics)
         delta = mean + std * noise[step]
-        reward, survival = outcome(model, networks, state, action, delta, reward_fn, termination_fn)
+        reward, end = model.reward_and_end(state, action, delta, outcome)
         returns = returns + gamma**step * alive * reward
-        alive = alive * survival
+        alive = alive * (1 - end)
         state = state + delta
-    if value_fn is not None:
-        returns = returns + gamma ** plans.shape[1] * alive * value_fn(state)
+    if value_layers:
+        returns = returns + gamma ** plans.shape[1] * alive * value(value_layers, model.standardise("obs", state))
     return returns.mean(0).view(len(plans), -1).mean(1)
-
-
-def best_sequences(plans: Tensor, returns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of N sequences, and which of them (count,) have a return that is a finite number."""
-    returns, index = torch.where(returns.isfinite(), returns, -math.inf).topk(count)
-    return plans[index], returns.isfinite()
-
-
-def moments(plans: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (H, A) of sequences (N, H, A)."""
-    mean = plans.mean(0)
-    return mean, ((plans - mean) ** 2).mean(0)
-
-
-def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Sequences (count, H, A) of actions in [-1, 1]."""
-    return torch.rand(count, *like.shape[1:], generator=generator, device=like.device) * 2 - 1
 
 
 # Each planner gets `score`, from sequences (N, H, A) with actions in [-1, 1] to returns (N,), and `start` (M, H, A):
 # what it returned for the step before, shifted by one, or the middle of the action range where an episode begins. It
-# returns sequences (M', H, A); of the first of them the first action is taken.
-def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """The best of population * iterations uniformly random sequences."""
-    plans = uniform(args.population * args.iterations, start, generator)
-    return best_sequences(plans, score(plans), 1)[0]
+# returns sequences (M', H, A); of the first of them the first action is taken. For Discrete actions a sequence is of
+# one-hot vectors, and `start` of probabilities.
+def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random sequences (count, H, A) of actions in [-1, 1]."""
+    return torch.rand(count, *like.shape[1:], generator=generator, device=like.device) * 2 - 1
+
+
+def uniform_discrete(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random sequences (count, H, A) of one-hot vectors."""
+    size = like.shape[2]
+    return F.one_hot(torch.randint(size, (count, like.shape[1]), generator=generator, device=like.device), size).float()
+
+
+def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator, draw=uniform) -> Tensor:
+    """The best of population * iterations random sequences."""
+    plans = draw(args.population * args.iterations, start, generator)
+    return plans[score(plans).topk(1).indices]
 
 
 def cem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
@@ -549,27 +452,29 @@ def cem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) 
         std = torch.minimum(variance.sqrt(), (1 - mean.abs()) / 2)
         noise = torch.empty(args.population, *mean.shape, device=mean.device)
         plans = mean + std * nn.init.trunc_normal_(noise, a=-2, b=2, generator=generator)
-        best, finite = best_sequences(plans, score(plans), args.num_best)
-        if finite.any():
-            best_mean, best_variance = moments(best[finite])
-            mean, variance = best_mean.lerp(mean, args.momentum), best_variance.lerp(variance, args.momentum)
+        best = plans[score(plans).topk(args.num_best).indices]
+        mean = best.mean(0).lerp(mean, args.momentum)
+        variance = best.var(0, correction=0).lerp(variance, args.momentum)
     return mean[None]
+
+
+def cem_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Cross-entropy method over one categorical distribution a step; returns their probabilities."""
+    # Probabilities that came out as 0 and 1 would leave nothing to search at the next step: half way to uniform.
+    probabilities = (start[0] + 1 / start.shape[2]) / 2  # (H, A)
+    for _ in range(args.iterations):
+        actions = probabilities.multinomial(args.population, replacement=True, generator=generator).T  # (N, H)
+        plans = F.one_hot(actions, start.shape[2]).float()
+        best = plans[score(plans).topk(args.num_best).indices]
+        probabilities = best.mean(0).lerp(probabilities, args.momentum)
+    return probabilities[None]
 
 
 def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generator) -> Tensor:
     """Noise of unit variance (N, H, A) whose power at frequency f along H goes with f^-beta (Pinneri et al. 2020)."""
-    count, steps, size = shape
-    frequency = torch.fft.rfftfreq(steps, device=generator.device)  # (F,)
-    frequency[0] = 1 / steps
-    scale = frequency ** (-beta / 2)
-    real, imaginary = torch.randn(2, count, size, len(scale), generator=generator, device=generator.device) * scale
-    # Frequency 0 and, for even H, the highest one stand for one real number each, the others for a conjugate pair.
-    ends = [0, -1] if steps % 2 == 0 else [0]
-    real[..., ends] *= math.sqrt(2)
-    power = 4 * scale**2  # of a conjugate pair; of a real number, with its factor sqrt(2), half of it
-    power[ends] /= 2
-    noise = torch.fft.irfft(torch.complex(real, imaginary), n=steps)  # (N, A, H), variance sum(power) / H^2
-    return (noise * steps / power.sum().sqrt()).transpose(1, 2)
+    frequency = torch.fft.fftfreq(shape[1], device=generator.device).abs().clamp_min(1 / shape[1])[:, None]  # (H, 1)
+    scale, white = frequency ** (-beta / 2), torch.randn(shape, generator=generator, device=generator.device)
+    return torch.fft.ifft(torch.fft.fft(white, dim=1) * scale, dim=1).real / scale.square().mean().sqrt()
 
 
 def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
@@ -586,115 +491,59 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
         plans = mean + std * coloured_noise((count, *mean.shape), args.noise_beta, generator)
         last = [mean[None]] if iteration == args.iterations - 1 else []
         plans = torch.cat([plans.clamp(-1, 1), kept, *last])
-        best, finite = best_sequences(plans, score(plans), args.num_best)
-        kept = best[: int(args.keep * args.num_best)]
-        if finite.any():
-            best_mean, best_variance = moments(best[finite])
-            mean, std = best_mean.lerp(mean, args.momentum), best_variance.sqrt().lerp(std, args.momentum)
+        best = plans[score(plans).topk(args.num_best).indices]
+        kept = best[: int(0.3 * args.num_best)]  # their fraction xi
+        mean = best.mean(0).lerp(mean, args.momentum)
+        std = best.std(0, correction=0).lerp(std, args.momentum)
     return torch.cat([best[:1], mean[None], kept])
-
-
-def mppi(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Model-predictive path integral control (Williams et al. 2017) without its control cost: the mean of all samples,
-    each weighted by exp(return / temperature), with returns scaled to unit deviation. Samples are cut off at the bounds
-    before the mean is taken, which so stays a little away from these (theirs: in the model)."""
-    mean = start[0]
-    for _ in range(args.iterations):
-        noise = torch.randn(args.population, *mean.shape, generator=generator, device=mean.device)
-        plans = (mean + 0.5 * noise).clamp(-1, 1)
-        returns = score(plans)
-        finite = returns[returns.isfinite()]
-        if len(finite):
-            scaled = (returns - finite.max()) / finite.std(correction=0).clamp_min(1e-30) / args.temperature
-            weight = torch.where(returns.isfinite(), scaled, -math.inf).softmax(0)
-            mean = torch.einsum("n,nha->ha", weight, plans).lerp(mean, args.momentum)
-    return mean[None]
 
 
 def gradient(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """Gradient ascent on the return through the model, from the last plan and num_best - 1 random sequences: shooting
     with first derivatives. It needs more iterations than the others have by default."""
     plans = torch.cat([start[:1], uniform(args.num_best - 1, start, generator)]).requires_grad_()
-    optimizer = torch.optim.Adam([plans], lr=args.plan_lr)
+    optimizer = torch.optim.Adam([plans], lr=0.1, maximize=True)  # in units of half the action range
     for _ in range(args.iterations):
         with torch.enable_grad():
-            returns = score(plans)
-            if not returns.requires_grad:
-                break  # functions that were given for reward and termination have no gradient
-            (ascent,) = torch.autograd.grad(returns[returns.isfinite()].sum(), [plans])
-        plans.grad = torch.nan_to_num(-ascent, 0.0, 0.0, 0.0)
+            (plans.grad,) = torch.autograd.grad(score(plans).sum(), [plans])
         optimizer.step()
-        plans.data.clamp_(-1, 1)
-    plans = plans.detach()
-    return best_sequences(plans, score(plans), 1)[0]
+        plans.data.nan_to_num_().clamp_(-1, 1)
+    return plans.detach()[score(plans).topk(1).indices]
 
 
-# For Discrete actions a sequence is of one-hot vectors, and `start` of probabilities.
-def random_shooting_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """The best of population * iterations random sequences."""
-    shape, size = (args.population * args.iterations, start.shape[1]), start.shape[2]
-    plans = F.one_hot(torch.randint(size, shape, generator=generator, device=start.device), size).float()
-    return best_sequences(plans, score(plans), 1)[0]
-
-
-def cem_discrete(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """Cross-entropy method over one categorical distribution a step; returns their probabilities."""
-    # Probabilities that came out as 0 and 1 would leave nothing to search at the next step: half way to uniform.
-    probabilities = (start[0] + 1 / start.shape[2]) / 2  # (H, A)
-    for _ in range(args.iterations):
-        actions = probabilities.multinomial(args.population, replacement=True, generator=generator).T  # (N, H)
-        plans = F.one_hot(actions, probabilities.shape[1]).float()
-        best, finite = best_sequences(plans, score(plans), args.num_best)
-        if finite.any():
-            probabilities = moments(best[finite])[0].lerp(probabilities, args.momentum)
-    return probabilities[None]
-
-
-BOX_PLANNERS = {"random_shooting": random_shooting, "cem": cem, "icem": icem, "mppi": mppi, "gradient": gradient}
-DISCRETE_PLANNERS = {"random_shooting": random_shooting_discrete, "cem": cem_discrete}
+PLANNERS = {"random_shooting": random_shooting, "cem": cem, "icem": icem, "gradient": gradient}
+PLANNERS_DISCRETE = {"random_shooting": functools.partial(random_shooting, draw=uniform_discrete), "cem": cem_discrete}
 
 
 class Agent:
-    """`act` plans, `observe` stores, `update` trains when it is time: in this order, after every step of the
-    environment. Several environments can be driven in turn, each with a number `env` of its own."""
+    """`act` plans, `observe` stores, `update` trains when it is time: in this order, after every step."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check(observation_space, action_space, args)
         self.args, self.device, self.action_space = args, find_device(args), action_space
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.planner = (DISCRETE_PLANNERS if self.discrete else BOX_PLANNERS)[args.planner]
+        self.planner = (PLANNERS_DISCRETE if self.discrete else PLANNERS)[args.planner]
         self.obs_size, self.action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
         nothing = 1 / self.action_size if self.discrete else 0.0
-        self.neutral = torch.full((1, 1, self.action_size), nothing, device=self.device)  # a plan that says nothing
+        self.neutral = torch.full((1, args.horizon, self.action_size), nothing, device=self.device)  # says nothing
         low, high = map(self.tensor, (-1, 1) if self.discrete else (action_space.low, action_space.high))
         self.middle, self.half_range = (high + low) / 2, (high - low) / 2
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
         self.model = Ensemble(self.obs_size, self.action_size, args, self.generator)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.model_lr)
-        self.value = Value(self.obs_size, self.generator) if args.terminal_value else None
-        self.parts = ["model", "optimizer", "data"] + ["value"] * args.terminal_value  # of a checkpoint
-        self.data = Buffer(self.obs_size, self.action_size, self.device)
-        self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
-        self.starts: dict[int, Tensor] = {}  # of each environment, what its planner starts from at the next step
-        self.episodes: dict[int, int] = {}  # of each environment, the row of `data` where its episode began
+        self.optimizer = ensemble_optimizer(self.model, args)
+        widths = {"obs": self.obs_size, "action": self.action_size, "delta": self.obs_size}
+        self.data = Buffer(self.device, **widths, reward=1, terminated=1, last=1, holdout=1)
+        self.value: Layers = []  # with `terminal_value`, once it was learned
+        self.start: Tensor | None = None  # what the planner starts from; None: an episode begins
         self.trained_at, self.logs = 0, {}
 
-    def act(self, obs: Any, env: int = 0) -> Any:
+    def act(self, obs: Any) -> Any:
         """The first action of the plan; before `learning_starts` steps, a random one."""
         if self.data.size < self.args.learning_starts:
-            return self.to_env(self.random_action())
-        action, self.starts[env] = self.plan(obs, self.starts.get(env), self.generator)
+            draw = uniform_discrete if self.discrete else uniform
+            return self.to_env(draw(1, self.neutral[:, :1], self.generator)[0, 0])
+        action, self.start = self.plan(obs, self.start, self.generator)
         return action
-
-    def random_action(self) -> Tensor:
-        """Uniform action (A,), in [-1, 1] or one-hot."""
-        if self.discrete:
-            return F.one_hot(self.random_indices(), self.action_size).float()
-        return uniform(1, self.neutral, self.generator)[0, 0]
-
-    def random_indices(self, *shape: int) -> Tensor:
-        """Discrete actions, counted from 0."""
-        return torch.randint(self.action_size, shape, generator=self.generator, device=self.device)
 
     def tensor(self, values: Any) -> Tensor:
         """An observation or action of the environment as one row, in single precision."""
@@ -702,28 +551,23 @@ class Agent:
 
     def plan(self, obs: Any, start: Tensor | None, generator: torch.Generator) -> tuple[Any, Tensor]:
         """Returns the action, and what to start from at the next step; `start` None: an episode begins."""
-        args = self.args
         # Autograd refuses what was made in inference mode.
-        with torch.no_grad() if args.planner == "gradient" else torch.inference_mode():
-            if start is None:
-                start = self.neutral.expand(1, args.horizon, -1)
-            state, networks = self.tensor(obs), self.model.select(self.model.elites)
-            found = self.planner(lambda plans: self.score(networks, state, plans, generator), start, args, generator)
-            start = torch.cat([found[:, 1:], self.neutral.expand(len(found), 1, -1)], dim=1)
+        with torch.no_grad() if self.args.planner == "gradient" else torch.inference_mode():
+            score = functools.partial(self.score, self.model.select(self.model.elites), self.tensor(obs), generator)
+            found = self.planner(score, self.neutral if start is None else start, self.args, generator)
+            start = torch.cat([found[:, 1:], self.neutral[:, -1:].expand(len(found), 1, -1)], dim=1)
         return self.to_env(found[0, 0]), start
 
-    def score(self, networks: Networks, obs: Tensor, plans: Tensor, generator: torch.Generator) -> Tensor:
-        """Expected returns (N,) of sequences (N, H, A) in [-1, 1] or one-hot."""
-        args, groups, returns = self.args, len(self.model.elites), []
-        functions = {"reward_fn": self.reward_fn, "termination_fn": self.termination_fn, "value_fn": self.value}
-        sample, drawn = compiled(imagine) if args.compile else imagine, {"generator": generator, "device": self.device}
-        rows = 4096 if self.device.type == "cpu" else 2**20  # at once; on a CPU what they need stays in a core's cache
-        for part in (self.middle + self.half_range * plans).split(max(1, rows // args.particles)):
-            shape = (args.horizon, groups, len(part) * args.particles // groups)
-            noise = torch.randn(*shape, self.obs_size, **drawn)
-            permutations = torch.rand(shape, **drawn).argsort(1) if args.sampling == "ts1" else None
-            returns.append(sample(self.model, networks, obs, part, noise, permutations, args.gamma, **functions))
-        return torch.cat(returns)
+    def score(self, networks: tuple[Layers, Layers], obs: Tensor, generator: torch.Generator, plans: Tensor) -> Tensor:
+        """Expected returns (N,) of sequences (N, H, A) in [-1, 1] or one-hot. As in the authors' code the worst is one
+        that is not a number."""
+        args, groups, drawn = self.args, len(self.model.elites), {"generator": generator, "device": self.device}
+        shape = (args.horizon, groups, len(plans) * args.particles // groups)
+        noise = torch.randn(*shape, self.obs_size, **drawn)
+        permutations = torch.rand(shape, **drawn).argsort(1) if args.sampling == "ts1" else None
+        plans, sample = self.middle + self.half_range * plans, compiled(imagine) if args.compile else imagine
+        returns = sample(self.model, networks, obs, plans, noise, permutations, args.gamma, self.value)
+        return returns.nan_to_num(nan=-1e30, posinf=-1e30, neginf=-1e30)
 
     def to_env(self, action: Tensor) -> Any:
         """One action (A,) as the environment wants it; of probabilities the most probable."""
@@ -733,77 +577,35 @@ class Agent:
         values = (self.middle + self.half_range * action).cpu().numpy()
         return values.reshape(space.shape).astype(space.dtype).clip(space.low, space.high)
 
-    def observe(self, obs, action, reward: float, next_obs, terminated: bool, truncated: bool = False, env: int = 0):
-        """Stores one real step; whether it goes to the hold-out set is drawn here, once and for all."""
+    def observe(self, obs, action, reward: float, next_obs, terminated: bool, truncated: bool = False) -> None:
+        """Stores one real step; whether it is held out from training is drawn here, once and for all."""
         if self.discrete:
-            action = np.eye(self.action_size, dtype=np.float32)[action - self.action_space.start]
+            action = np.eye(self.action_size)[action - self.action_space.start]
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
-        row = {"obs": before, "action": np.reshape(action, -1), "reward": reward, "delta": after - before}
-        holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
-        episode = self.episodes.setdefault(env, self.data.size)
-        self.data.add(**row, terminated=terminated, episode=episode, holdout=holdout)
-        self.relabel(self.data.size - 1)
+        row = {"obs": before, "action": np.reshape(action, -1), "delta": after - before, "reward": reward}
+        # Of much data ever fewer rows are held out (MBPO: at most 5,000), and never the first.
+        ratio = min(self.args.holdout_ratio, 5_000 / (self.data.size + 1)) * (self.data.size > 0)
+        holdout = torch.rand((), generator=self.generator, device=self.device) < ratio
+        self.data.add(**row, terminated=terminated, last=terminated or truncated, holdout=holdout)
         if terminated or truncated:
-            del self.episodes[env]
-            self.starts.pop(env, None)
-
-    def relabel(self, start: int) -> None:
-        """Puts what `reward_fn` and `termination_fn` say into the rows from `start` on."""
-        obs, action, delta = (self.data.column(name)[start:] for name in ("obs", "action", "delta"))
-        for name, function in (("reward", self.reward_fn), ("terminated", self.termination_fn)):
-            if function is not None:
-                found = function(obs, action, obs + delta)
-                if getattr(found, "shape", None) != obs.shape[:1]:
-                    raise Failure(f"the function for {name} gave {found}, not a tensor with one number for each row")
-                self.data.column(name)[start:, 0] = found
+            self.start = None
 
     def update(self, say: Callable[[str], Any] = str) -> None:
-        """Trains the ensemble every `train_every` steps, after a look at how it predicted what it had not seen; `say`
-        is told what goes on."""
-        args, size, last = self.args, self.data.size, self.trained_at
-        if size < args.learning_starts or (last and size - last < args.train_every):
+        """Trains the ensemble every `train_every` steps; `say` is told what goes on."""
+        if self.data.size < (self.trained_at + self.args.train_every if self.trained_at else self.args.learning_starts):
             return
         say("training the model")
-        if last:
-            self.logs |= diagnose(self.model, self.data, last)
-        self.logs |= fit(self.model, self.optimizer, self.data, args, self.generator)
-        if self.value is not None:
-            self.logs |= self.value.fit(self.data, self.lookahead(), args.gamma, self.generator)
-        self.trained_at = size
+        self.logs |= fit(self.model, self.optimizer, self.data, self.args, self.generator)
+        self.update_value()
+        self.trained_at = self.data.size
         say("")
 
-    def foresee(self, state: Tensor, action: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """States (B, obs_size) and Discrete actions (B,) -> what one of the elites expects: next states (B, obs_size),
-        rewards and probabilities of going on (B,)."""
-        networks = self.model.select(self.model.elites[index % len(self.model.elites)][None])
-        step = state[None], F.one_hot(action, self.action_size).float()[None]
-        delta, _ = self.model.predict(*step, networks[0])
-        reward, survival = outcome(self.model, networks, *step, delta, self.reward_fn, self.termination_fn)
-        return state + delta[0], reward[0], survival[0].float()
-
-    @torch.no_grad()
-    def lookahead(self, steps: int = 8, count: int = 2_000) -> Lookahead | None:
-        """For Discrete actions: states near real ones, to which up to `steps` random actions lead by the model, and
-        what 8 * A random sequences of actions bring from there, and from all real states, each by the mean of one of
-        the elites."""
-        if not self.discrete:
-            return None
-        real = self.data.column("obs")
-        rows = torch.randint(len(real), (count,), generator=self.generator, device=self.device)
-        state, alive, near = real[rows], torch.ones_like(rows, dtype=torch.bool), []
-        for step in range(steps):  # of these walks, one in `steps` ends here
-            state, _, survival = self.foresee(state, self.random_indices(count), step)
-            alive = alive & (survival > 0.5)
-            near.append(state[step::steps][alive[step::steps]])
-        states, found = torch.cat([real, *near]), []
-        for index in range(8 * self.action_size):
-            state, returns, discount = states, 0.0, 1.0
-            for action in self.random_indices(steps):
-                state, reward, survival = self.foresee(state, action.expand(len(states)), index)
-                returns, discount = returns + discount * reward, discount * self.args.gamma * survival
-            found.append((state, returns, discount))
-        return Lookahead(states, *map(torch.stack, zip(*found, strict=True)))
+    def update_value(self) -> None:
+        """Learns the value, where it is wanted."""
+        if self.args.terminal_value:
+            found = fit_value(self.model, self.data, self.args.gamma, self.generator)
+            self.value, self.logs["losses/value_loss"] = found
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode, which does not touch the agent."""
@@ -823,17 +625,18 @@ class Agent:
 
     def state_dict(self) -> dict:
         """All that the next step depends on, as tensors and plain values."""
-        return {name: getattr(self, name).state_dict() for name in self.parts} | {
+        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "data")} | {
             "generator": {self.device.type: self.generator.get_state()},
-            "plain": (dict(self.starts), dict(self.episodes), self.trained_at),
+            "plain": (self.value, self.start, self.trained_at),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
-        for name in self.parts:
+        for name in ("model", "optimizer", "data"):
             getattr(self, name).load_state_dict(state[name])
-        starts, episodes, self.trained_at = state["plain"]
-        self.starts, self.episodes = {env: start.to(self.device) for env, start in starts.items()}, dict(episodes)
+        value, start, self.trained_at = state["plain"]
+        self.value = [layer.to(self.device) for layer in value]
+        self.start = None if start is None else start.to(self.device)
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
 
@@ -845,8 +648,8 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
     env = make()
     agent = Agent(env.observation_space, env.action_space, args)
     if args.init_from and not (args.resume and Path(args.resume, CHECKPOINT).exists()):
-        init_from(agent, args.init_from)
-    episode = Episode(env, args.seed, 1)
+        init_from(agent, args.init_from, env.observation_space, env.action_space)
+    episode = Episode(env, args.seed, 1, *(args.init_from or "").encode())  # so that the source's do not come again
     run = Run(args, agent, [episode], make)
     run.bar.set_description_str("random steps" if agent.data.size < args.learning_starts else "")
     if run.step >= args.total_timesteps and not run.result:  # not a single step is asked for
@@ -1067,7 +870,7 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script's own: what it can be used with, functions of the user, a start from another run, the model's errors.
+# The script's own: what it can be used with, functions of the user, a start from another run.
 # ---------------------------------------------------------------------------------------------------------------------
 compiled = functools.cache(torch.compile)  # at its first use; an agent that held it could not be copied
 
@@ -1087,98 +890,37 @@ def check(observation_space: gym.Space, action_space: gym.Space, args: Args) -> 
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
         others = "pictures: muzero.py, dreamer.py; Dict: dreamer.py; finite ones: dyna_q.py"
         raise Failure(f"observations must be a Box of up to 1,000 numbers, not {observation_space}; {others}")
-    planners = DISCRETE_PLANNERS
+    planners = PLANNERS_DISCRETE
     if not isinstance(action_space, gym.spaces.Discrete):
-        planners, box = BOX_PLANNERS, isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
+        planners, box = PLANNERS, isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
         if not box or not np.isfinite(np.subtract(action_space.high, action_space.low, dtype=np.float32)).all():
             raise Failure(f"actions must be Discrete or a bounded Box of floating-point numbers, not {action_space}")
     if args.planner not in planners:
-        raise Failure(f"--planner {args.planner} is not for {action_space}, but one of {', '.join(planners)}")
-    for name, most in (("num_elites", args.ensemble_size), ("num_best", args.population)):
-        if getattr(args, name) > most:
-            raise Failure(f"--{name.replace('_', '-')} must be from 1 to {most}, not {getattr(args, name)}")
+        raise Failure(f"--planner must be one of {', '.join(planners)} for {action_space}")
     if args.particles % args.num_elites:
         raise Failure(f"--particles must be a multiple of --num-elites, which is {args.num_elites}")
-    if len(args.weight_decay) != len(args.hidden) + 1 or not all(
-        0 <= factor < math.inf for factor in args.weight_decay
-    ):
-        raise Failure("--weight-decay needs one value more than --hidden, each at least 0")
-    if not all(size >= 1 for size in args.hidden):
-        raise Failure("--hidden needs values of at least 1")
+    if len(args.weight_decay) != len(args.hidden) + 1:
+        raise Failure("--weight-decay needs one value more than --hidden")
 
 
 def load_function(name: str | None) -> Callable | None:
     """The function named as `module:function`."""
     if name is None:
         return None
-    try:
-        module, _, function = name.partition(":")
-        return getattr(importlib.import_module(module), function)
-    except Exception as error:  # that of the module itself, too
-        raise Failure(f"cannot load {name}, which should read module:function: {error!r}") from error
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
-def init_from(agent: Agent, folder: str) -> None:
+def init_from(agent: Agent, folder: str, *spaces: gym.Space) -> None:
     """Takes model and data of another run; the value is learned from the data, for the present task."""
-    source = saved_args(folder)
-    for name in ("reward_fn", "termination_fn"):  # its data have what that function said
-        if getattr(source, name) is not None and getattr(agent.args, name) is None:
-            raise Failure(f"{folder} was made with --{name.replace('_', '-')}, so this needs one, too")
-    state = torch.load(Path(folder, CHECKPOINT), map_location="cpu", weights_only=True)["agent"]
-    *_, agent.trained_at = state["plain"]
-    if not agent.trained_at:
+    source = load(folder, *spaces)
+    if not source.trained_at:
         raise Failure(f"cannot start from {folder}: it has not trained its model yet")
-    agent.model.load_state_dict(state["model"])
-    agent.data.load_state_dict(state["data"])
-    agent.relabel(0)
-    if agent.value is not None:  # each fit takes away some 60 % of what a new value is off
-        lookahead = agent.lookahead()
-        for _ in range(5):
-            agent.logs |= agent.value.fit(agent.data, lookahead, agent.args.gamma, agent.generator)
-
-
-@torch.inference_mode()
-def diagnose(model: Ensemble, data: Buffer, start: int) -> dict[str, float]:
-    """How well the elites predict the transitions from row `start` on, with which they have not been trained yet.
-
-    One step, by the mean of the elites: errors by dimension, disagreement and noise are in standard deviations of a
-    step's change, the reward's error in those of the reward. k steps, by each elite along the actions that were taken:
-    errors are in standard deviations of the observation.
-    """
-    (dynamics, reward_layers, _), count = model.select(model.elites), len(model.elites)
-    obs, action, delta, reward = (data.column(name)[start:] for name in ("obs", "action", "delta", "reward"))
-    unit = torch.where(model.delta_std > 0, model.delta_std, 1.0)
-    mean, std = model.predict(obs.expand(count, -1, -1), action.expand(count, -1, -1), dynamics)  # (G, B, obs_size)
-    epistemic = mean.var(0, correction=0) / unit**2  # (B, obs_size): the variance that is disagreement,
-    aleatoric = (std**2).mean(0) / unit**2  # and that which is expected noise
-    error = (mean.mean(0) - delta) / unit
-    inside = (error.abs() < 1.645 * (epistemic + aleatoric).sqrt())[:, model.delta_std > 0]
-    predicted = model.predict_reward(mean, action.expand(count, -1, -1), obs + mean, reward_layers).mean(0)  # (B, 1)
-    reward_error = predicted - model.standardise("reward", reward)
-    logs = {
-        "model/coverage_90": inside.float().mean().item() if inside.numel() else 1.0,
-        "model/disagreement": epistemic.sqrt().mean().item(),
-        "model/noise": aleatoric.sqrt().mean().item(),
-        "model/error_reward": (reward_error**2).mean().sqrt().item(),
-    }
-    root_mean_square = (error**2).mean(0).sqrt().tolist()
-    logs |= {f"model/error_dim_{index}": value for index, value in enumerate(root_mean_square[:32])}
-    if len(obs) > 2 and count > 1:
-        ranks = [variance.mean(1).argsort().argsort().float() for variance in (epistemic, error**2)]
-        logs["model/disagreement_rank_correlation"] = torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-    obs_unit = torch.where(model.obs_std > 0, model.obs_std, 1.0)
-    order = start + data.column("episode")[start:, 0].argsort(stable=True)  # environments may have stepped in turn
-    for steps in (steps for steps in (1, 5, 10, 20) if steps <= len(order)):
-        windows = order.unfold(0, steps, 1)  # (W, steps): rows, in each window one step after the other
-        windows = windows[data.episode[windows[:, 0]] == data.episode[windows[:, -1]]]
-        if len(windows):
-            state, last = data.obs[windows[:, 0]].expand(count, -1, -1), windows[:, -1]
-            for rows in windows.T:
-                state = state + model.predict(state, data.action[rows].expand(count, -1, -1), dynamics)[0]
-            error = (state - data.obs[last] - data.delta[last]) / obs_unit
-            logs[f"model/error_{steps}_steps"] = (error**2).mean().sqrt().item()
-    return logs
+    agent.trained_at = source.trained_at
+    agent.model.load_state_dict(source.model.state_dict())
+    agent.data.load_state_dict(source.data.state_dict())
+    agent.data.columns()["last"][-1] = 1  # its episode does not go on here
+    agent.update_value()
 
 
 if __name__ == "__main__" and "__file__" in globals():  # which a notebook has not

@@ -122,10 +122,9 @@ class Args:
     model_lr: float = 1e-3  # step size of Adam for the ensemble (PETS, MBPO)
     model_batch_size: int = 256  # a network's batch is a sixteenth of its rows, from 32 to this (MBPO: 256, PETS: 32)
     train_every: int = 250  # environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)
-    patience: int = 5  # a training ends after more than so many epochs without a member better by 1 % (MBPO: 5)
+    patience: int = 10  # a training ends after more epochs in which nothing gets better (MBPO: 5)
     max_updates: int = 2_000  # gradient steps after which a training ends with its epoch (MBPO: no limit)
     holdout_ratio: float = 0.2  # probability that a transition is held out from training (MBPO: 0.2)
-    max_holdout: int = 5_000  # largest size of the hold-out set (MBPO: 5,000)
 
     def __post_init__(self):
         any_count, share, step_size = (0, math.inf), (0, 1), (1e-9, 1)
@@ -170,76 +169,67 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N rows of the data, A
 # action_size.
-Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
-Networks = tuple[Layers, Layers, Layers]  # for dynamics, reward and termination
+Layers = list[Tensor]  # of G networks: weight (G, out, in), bias (G, 1, out), weight, bias, ...
+
+
+def networks(count: int, sizes: Sequence[int], generator: torch.Generator) -> nn.ParameterList:
+    """The layers of `count` networks, with the initial weights of the authors' code of PETS and MBPO."""
+    layers = nn.ParameterList()
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        std, weight = 1 / (2 * math.sqrt(fan_in)), torch.empty(count, fan_out, fan_in, device=generator.device)
+        layers.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
+        layers.append(torch.zeros(count, 1, fan_out, device=generator.device))
+    return layers
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:
     """(G, B, in) -> (G, B, out): G networks at once, each layer one batched matrix product."""
     *hidden, (weight, bias) = zip(layers[::2], layers[1::2], strict=True)
     for hidden_weight, hidden_bias in hidden:
-        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight))  # (G, B, hidden)
-    return torch.baddbmm(bias, x, weight)
+        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight.mT))  # (G, B, hidden)
+    return torch.baddbmm(bias, x, weight.mT)
 
 
 class Ensemble(nn.Module):
-    """E members, each of three networks: the dynamics, from (obs, action) to a Gaussian over delta obs; the reward,
-    from (delta obs, action, next obs); and the logit of termination, from next obs. Reward and termination often jump
-    at a boundary, which is sharp in the next obs and blurred in the one before.
+    """E members, each of two networks: the dynamics, from (obs, action) to a Gaussian over delta obs; and the outcome,
+    from (delta obs, action, next obs) to the reward and the logit of termination. These often jump at a boundary, which
+    is sharp in the next obs and blurred in the one before.
 
     Inputs and targets are standardised. What is constant in the data is scaled to zero and predicted without error.
+    `reward_fn` and `termination_fn`, of obs, action, next_obs (..., size) to (...), replace what is learned.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
-        device = generator.device
-
-        def layers(*sizes: int) -> nn.ParameterList:
-            parameters = nn.ParameterList()
-            for fan_in, fan_out in itertools.pairwise(sizes):
-                std = 1 / (2 * math.sqrt(fan_in))  # as in the authors' code of PETS and MBPO
-                weight = torch.empty(args.ensemble_size, fan_in, fan_out, device=device)
-                parameters.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
-                parameters.append(torch.zeros(args.ensemble_size, 1, fan_out, device=device))
-            return parameters
-
-        self.dynamics = layers(obs_size + action_size, *args.hidden, 2 * obs_size)
-        self.reward = layers(obs_size + action_size + obs_size, 128, 128, 1)
-        self.termination = layers(obs_size, 64, 64, 1)
+        members, device = args.ensemble_size, generator.device
+        self.dynamics = networks(members, (obs_size + action_size, *args.hidden, 2 * obs_size), generator)
+        self.outcome = networks(members, (obs_size + action_size + obs_size, 64, 64, 2), generator)
         self.max_logvar = nn.Parameter(torch.full((obs_size,), 0.5, device=device))
         self.min_logvar = nn.Parameter(torch.full((obs_size,), -10.0, device=device))
-        for name, size in (("obs", obs_size), ("action", action_size), ("delta", obs_size), ("reward", 1)):
+        self.sizes = {"obs": obs_size, "action": action_size, "delta": obs_size, "reward": 1, "terminated": 1}
+        for name, size in self.sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size, device=device))
             self.register_buffer(f"{name}_std", torch.ones(size, device=device))
-        self.register_buffer("terminal_weight", torch.ones(1, device=device))
+            self.register_buffer(f"{name}_inverse", torch.ones(size, device=device))  # 1 / std, or 0 where that is 0
         self.register_buffer("elites", torch.arange(args.num_elites, device=device))
+        self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes means, standard deviations and the share of terminations from columns (N, size)."""
-
-        def scale(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes means and standard deviations from columns (N, size); 0 where it is no more than rounding."""
+        for name in self.sizes:  # a flag that is raised when an episode ends is in next observations only
+            values = torch.cat([data["obs"], data["obs"] + data["delta"]]) if name == "obs" else data[name]
             std = values.std(0, correction=0)
-            return values.mean(0), torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
-
-        for name in ("obs", "action", "delta", "reward"):
-            mean, std = scale(data[name])
-            if name == "obs":  # a flag that is raised when an episode ends is in next observations only
-                next_mean, next_std = scale(data["obs"] + data["delta"])
-                mean, std = torch.where(std > 0, mean, next_mean), torch.where(std > 0, std, next_std)
-            getattr(self, f"{name}_mean").copy_(mean)
+            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
+            getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(std)
-        # Terminations are rare, and to overlook one mostly costs more than to expect one too many: together they count
-        # for as much as all other rows (each up to 1,000 times as much).
-        share = data["terminated"].mean().clamp_min(1e-9)
-        self.terminal_weight.fill_(((1 - share) / share).clamp(1, 1_000))
+            getattr(self, f"{name}_inverse").copy_(torch.where(std > 0, 1 / std, 0.0))
 
     def standardise(self, name: str, values: Tensor) -> Tensor:
-        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
-        return (values - mean) * torch.where(std > 0, 1 / std, 0.0)
+        return (values - getattr(self, f"{name}_mean")) * getattr(self, f"{name}_inverse")
 
-    def select(self, members: Tensor | slice = slice(None)) -> Networks:
-        """The networks for dynamics, reward and termination of some members (G,), or of all."""
-        return tuple([layer[members] for layer in layers] for layers in (self.dynamics, self.reward, self.termination))
+    def select(self, members: Tensor | slice = slice(None)) -> tuple[Layers, Layers]:
+        """The dynamics and outcome networks of some members (G,), or of all."""
+        return [layer[members] for layer in self.dynamics], [layer[members] for layer in self.outcome]
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
         """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
@@ -250,144 +240,146 @@ class Ensemble(nn.Module):
         return mean, logvar
 
     def predict(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
-        """As `gaussian`, but mean and standard deviation in the environment's units."""
+        """As `gaussian`, but mean and standard deviation of delta in the environment's units."""
         mean, logvar = self.gaussian(obs, action, dynamics)
         return mean * self.delta_std + self.delta_mean, (0.5 * logvar).exp() * self.delta_std
 
-    def predict_reward(self, delta: Tensor, action: Tensor, next_obs: Tensor, reward: Layers) -> Tensor:
-        """Of steps (G, B, size): standardised reward (G, B, 1)."""
+    def judge(self, delta: Tensor, action: Tensor, next_obs: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
+        """Steps (G, B, size) -> standardised reward and logit of termination (G, B, 1). The logit starts from that of
+        the share of terminations in the data."""
         x = [self.standardise("delta", delta), self.standardise("action", action), self.standardise("obs", next_obs)]
-        return mlp(torch.cat(x, dim=-1), reward)
+        reward, logit = mlp(torch.cat(x, dim=-1), outcome).chunk(2, dim=-1)
+        return reward, logit + self.terminated_mean.logit(eps=1e-6)
 
-    def termination_logit(self, next_obs: Tensor, termination: Layers) -> Tensor:
-        """next_obs (G, B, obs_size) -> (G, B, 1)."""
-        return mlp(self.standardise("obs", next_obs), termination)
+    def reward_and_end(self, obs: Tensor, action: Tensor, delta: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
+        """Steps (G, B, size) -> rewards, and probabilities that the episode ends with the step, (G, B)."""
+        next_obs = obs + delta
+        if self.reward_fn is None or self.termination_fn is None:
+            reward, logit = self.judge(delta, action, next_obs, outcome)
+            reward, end = (reward * self.reward_std + self.reward_mean).squeeze(-1), logit.sigmoid().squeeze(-1)
+        if self.reward_fn is not None:
+            reward = self.reward_fn(obs, action, next_obs).view(obs.shape[:-1])
+        if self.termination_fn is not None:
+            end = self.termination_fn(obs, action, next_obs).view(obs.shape[:-1]).float()
+        return reward, end
 
 
-def ensemble_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
-    delta obs (PETS, equation 1, a mean over dimensions) and squared error of its mean; squared error of the reward, and
-    cross-entropy of termination."""
-    dynamics, reward, termination = model.select()
-    delta, next_obs = batch["delta"], batch["obs"] + batch["delta"]
-    mean, logvar = model.gaussian(batch["obs"], batch["action"], dynamics)
-    squared = (mean - model.standardise("delta", delta)) ** 2
-    nll = squared * (-logvar).exp() + logvar
-    predicted = model.predict_reward(delta, batch["action"], next_obs, reward)
-    reward_error = (predicted - model.standardise("reward", batch["reward"])) ** 2
-    logit, weight = model.termination_logit(next_obs, termination), model.terminal_weight
-    cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], pos_weight=weight, reduction="none")
-    return nll.mean((1, 2)), squared.mean((1, 2)), reward_error.mean((1, 2)), cross_entropy.mean((1, 2))
+    delta obs (PETS, equation 1, a mean over dimensions), and squared error of its mean."""
+    mean, logvar = model.gaussian(batch["obs"], batch["action"], model.select()[0])
+    squared = (mean - model.standardise("delta", batch["delta"])) ** 2
+    return (squared * (-logvar).exp() + logvar).mean((1, 2)), squared.mean((1, 2))
 
 
-def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], weight_decay: tuple[float, ...]) -> Tensor:
-    """What an update lowers: the members' losses summed, weight decay, and a pull on the bounds of the variance.
+def outcome_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same for the squared error of the reward and the cross-entropy of termination, each row with its `weight`."""
+    reward, logit = model.judge(batch["delta"], batch["action"], batch["obs"] + batch["delta"], model.select()[1])
+    squared = (reward - model.standardise("reward", batch["reward"])) ** 2
+    cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], reduction="none")
+    return (batch["weight"] * squared).mean((1, 2)), (batch["weight"] * cross_entropy).mean((1, 2))
 
-    The decay of the termination networks is strong: from a handful of terminations they must find the boundary. The
-    reward networks have none.
-    """
-    nll, _, reward_error, cross_entropy = ensemble_losses(model, batch)
-    factors, weights = [*weight_decay, 0.01, 0.01, 0.01], [*model.dynamics[::2], *model.termination[::2]]
-    decay = sum(0.5 * factor * (weight**2).sum() for factor, weight in zip(factors, weights, strict=True))
-    bounds = 0.01 * (model.max_logvar.sum() - model.min_logvar.sum())
-    return (nll + reward_error + cross_entropy).sum() + decay + bounds
+
+def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an update lowers, besides the weight decay: the losses of all members, of the dynamics on `batch`, of the
+    outcome on `drawn`, and the pull on the bounds of the variance (PETS, A.1). Returns the outcome's mean as well."""
+    outcome_loss = sum(outcome_losses(model, drawn))
+    loss = (dynamics_losses(model, batch)[0] + outcome_loss).sum()
+    return loss + 0.01 * (model.max_logvar.sum() - model.min_logvar.sum()), outcome_loss.detach().mean()
+
+
+def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
+    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's)."""
+    decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
+    groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
+    groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
+    groups += [{"params": list(model.outcome), "weight_decay": 1e-4, "lr": 3 * args.model_lr}]
+    return torch.optim.Adam(groups, lr=args.model_lr, fused=True)
 
 
 def fit(
     model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
-    """Trains the ensemble until no dynamics network gets better on the hold-out set. Each is left with its own best
-    weights, and so is each reward network; terminations in the hold-out set are too few to tell.
+    """Trains the ensemble until neither a dynamics network gets better on the hold-out set, by the squared error of its
+    mean (a variance that is still off must not decide; MBPO's code), nor the loss of the outcome falls. Each dynamics
+    network is left with its best weights.
 
-    The hold-out error of the dynamics is the squared error of the mean: a variance that is still off must not decide
-    (MBPO's code).
+    Rewards and ends that matter may be so rare that none is held out. So the outcome networks keep their last weights,
+    and half of their rows are drawn for how unusual reward and end are; in the loss these weigh by as much less
+    (importance sampling), so that an end is not expected more often than it comes.
     """
-    columns = {name: data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
-    held_out = data.column("holdout")[:, 0]
-    seen, unseen = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    unseen = unseen if len(unseen) else seen  # the first few rows may all have been drawn for training
-    members, device = len(model.dynamics[0]), seen.device
-    model.set_scale({name: column[seen] for name, column in columns.items()})
-    holdout = {name: column[unseen].expand(members, -1, -1) for name, column in columns.items()}
-    batch_size = min(args.model_batch_size, max(32, len(seen) // 16))
-    # The bootstrap: every member has rows of its own, drawn with replacement; of much data no more than `max_updates`
-    # can use, which bounds the time of a training.
-    count = min(len(seen), args.max_updates * batch_size)
-    rows = seen[torch.randint(len(seen), (members, count), generator=generator, device=device)]  # (E, N)
-    best, stale, updates = torch.full((2, members), math.inf, device=device), 0, 0  # errors (dynamics, reward)
-    layers = [(0, layer) for layer in model.dynamics] + [(1, layer) for layer in model.reward]
-    best_layers = [layer.detach().clone() for _, layer in layers]
+    held_out = data.columns()["holdout"][:, 0] > 0
+    train = data.columns(~held_out)
+    if not held_out.any():  # the first few rows may all have been drawn for training
+        held_out = ~held_out
+    members, device, size = args.ensemble_size, held_out.device, len(train["obs"])
+    holdout = {name: column.expand(members, -1, -1) for name, column in data.columns(held_out).items()}
+    holdout["weight"] = torch.ones_like(holdout["reward"])
+    model.set_scale(train)
+    unusual = sum(model.standardise(name, train[name]).abs()[:, 0] for name in ("reward", "terminated"))  # (N,)
+    density = 1 + unusual / unusual.mean().clamp_min(1e-9)
+    train["weight"] = density.mean() / density[:, None]
+
+    batch_size = min(args.model_batch_size, max(32, size // 16), size)
+    batches = min(size // batch_size, args.max_updates)  # in an epoch
+    # The bootstrap: every member has rows of its own, drawn with replacement.
+    rows = torch.randint(size, (members, batches * batch_size), generator=generator, device=device)
+    best, lowest, best_layers = math.inf, math.inf, [layer.detach().clone() for layer in model.dynamics]
+    stale = updates = 0
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
-        for batch in shuffled.split(batch_size, dim=1):  # (E, B)
-            loss = ensemble_loss(model, {name: column[batch] for name, column in columns.items()}, args.weight_decay)
+        drawn = density.multinomial(rows.numel(), replacement=True, generator=generator).view_as(rows)
+        outcome_loss = 0.0
+        for batch, other in zip(shuffled.split(batch_size, dim=1), drawn.split(batch_size, dim=1), strict=True):
+            parts = ({name: column[index] for name, column in train.items()} for index in (batch, other))  # (E, B)
+            loss, of_outcome = ensemble_loss(model, *parts)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            updates += 1
-
+            outcome_loss += of_outcome / batches
+        updates += batches
         with torch.no_grad():
-            error = torch.stack(ensemble_losses(model, holdout)[1:3])  # (2, E)
-            improved = error < 0.99 * best
-            best = torch.where(improved, error, best)
-            for (kind, layer), best_layer in zip(layers, best_layers, strict=True):
-                best_layer[improved[kind]] = layer[improved[kind]]
-        stale = 0 if improved[0].any() else stale + 1
+            error = dynamics_losses(model, holdout)[1]  # (E,)
+            improved, fell = error < 0.99 * best, outcome_loss < 0.97 * lowest
+            best, lowest = torch.where(improved, error, best), torch.where(fell, outcome_loss, lowest)
+            for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
+                best_layer[improved] = layer[improved]
+        stale = 0 if improved.any() or fell else stale + 1
 
     with torch.no_grad():
-        for (_, layer), best_layer in zip(layers, best_layers, strict=True):
+        for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
             layer.copy_(best_layer)
-        losses = [loss.mean().item() for loss in ensemble_losses(model, holdout)]
-    model.elites.copy_(best[0].argsort()[: len(model.elites)])
+        losses = [loss.mean().item() for loss in (*dynamics_losses(model, holdout), *outcome_losses(model, holdout))]
+    model.elites.copy_(best.argsort()[: len(model.elites)])
     names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
     logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
     return logs | {"losses/model_loss": loss.item(), "model/updates": float(updates)}
 
 
 class Buffer:
-    """All real transitions, in tensors that double when they are full."""
+    """All real steps, the rows of a table that doubles when it is full. A column is (size, width)."""
 
-    def __init__(self, obs_size: int, action_size: int, device: torch.device):
-        self.size = 0
-        self.obs, self.delta = (torch.zeros(1024, obs_size, device=device) for _ in range(2))
-        self.action = torch.zeros(1024, action_size, device=device)
-        self.reward = torch.zeros(1024, device=device)
-        self.episode = torch.zeros(1024, dtype=torch.int64, device=device)
-        self.terminated, self.holdout = (torch.zeros(1024, dtype=torch.bool, device=device) for _ in range(2))
+    def __init__(self, device: torch.device, **widths: int):
+        self.widths, self.size, self.table = widths, 0, torch.zeros(1024, sum(widths.values()), device=device)
+
+    def columns(self, rows: Tensor | slice = slice(None)) -> dict[str, Tensor]:
+        """Columns of all steps, or of some (..., width)."""
+        return dict(zip(self.widths, self.table[: self.size][rows].split(list(self.widths.values()), -1), strict=True))
 
     def add(self, **row: Any) -> None:
-        """Appends a transition: obs, action, reward, delta, terminated, episode, holdout."""
-        for name, value in row.items():
-            column = getattr(self, name)
-            if self.size == len(column):
-                column = torch.cat([column, torch.zeros_like(column)])
-                setattr(self, name, column)
-            column[self.size] = torch.as_tensor(value)
+        """Appends a step."""
+        if self.size == len(self.table):
+            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
         self.size += 1
-
-    def column(self, name: str) -> Tensor:
-        """The filled part of a column, (size, width)."""
-        return getattr(self, name)[: self.size].view(self.size, -1)
-
-    def draw_holdout(self, ratio: float, most: int, generator: torch.Generator) -> bool:
-        """Whether the next row is to be held out. Where `most` are held out already, it takes the place of one of them,
-        which goes to training: the hold-out set is a sample of old and new rows alike."""
-        draw = torch.rand((), generator=generator, device=self.obs.device).item()
-        if self.size == 0 or draw >= min(ratio, most / (self.size + 1)):
-            return False
-        held = self.column("holdout")[:, 0].nonzero()[:, 0]
-        if len(held) >= most:
-            self.holdout[held[torch.randint(len(held), (1,), generator=generator, device=held.device)]] = False
-        return True
+        for name, column in self.columns().items():
+            column[-1] = torch.as_tensor(row[name])
 
     def state_dict(self) -> dict:
-        return {name: value[: self.size].clone() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {"table": self.table[: self.size].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.size = len(state["obs"])
-        for name, value in state.items():
-            column = getattr(self, name)
-            setattr(self, name, torch.cat([value.to(column.device), column[self.size :]]))
+        self.size = len(state["table"])
+        self.table = torch.cat([state["table"].to(self.table.device), self.table[self.size :]])
 
 
 class Pool:
@@ -434,11 +426,10 @@ def rollout_length(step: int, schedule: tuple[int, int, int, int]) -> int:
 
 class Planner:
     """Branched rollouts (MBPO, algorithm 2). MBPO plans in the background, as Dyna does: the model makes transitions,
-    from which the actor-critic learns. `given` has functions for "reward" and "terminated", where they are not learned.
-    """
+    from which the actor-critic learns."""
 
-    def __init__(self, model: Ensemble, actor: "Actor", args: Args, generator: torch.Generator, given: dict):
-        self.model, self.actor, self.args, self.generator, self.given = model, actor, args, generator, given
+    def __init__(self, model: Ensemble, actor: "Actor", args: Args, generator: torch.Generator):
+        self.model, self.actor, self.args, self.generator = model, actor, args, generator
         # Rows at once: on a CPU so many that what they need stays in the cache of a core.
         self.chunk = 4096 if generator.device.type == "cpu" else 2**20
 
@@ -447,29 +438,18 @@ class Planner:
 
         Each row is predicted by an elite of its own, drawn anew, and by no other: rows of one elite go together.
         """
-        model, given = self.model, self.given
-        draw = torch.randint(len(model.elites), (len(obs),), generator=self.generator, device=obs.device)
-        noise = torch.randn(obs.shape, generator=self.generator, device=obs.device)
-        next_obs, reward, logit = torch.empty_like(obs), obs.new_empty(len(obs), 1), obs.new_empty(len(obs), 1)
+        model, count, drawn = self.model, len(obs), {"generator": self.generator, "device": obs.device}
+        draw, noise = torch.randint(len(model.elites), (count,), **drawn), torch.randn(obs.shape, **drawn)
+        next_obs, reward, end = torch.empty_like(obs), obs.new_empty(count, 1), obs.new_empty(count, 1)
         for index, elite in enumerate(model.elites):
-            dynamics, reward_layers, termination = model.select(elite[None])
+            dynamics, outcome = model.select(elite[None])
             for rows in (draw == index).nonzero()[:, 0].split(self.chunk):
                 before, act = obs[rows][None], action[rows][None]  # (1, R, size)
                 mean, std = model.predict(before, act, dynamics)
                 delta = mean + std * noise[rows]
-                after = before + delta
-                next_obs[rows] = after[0]
-                reward[rows] = model.predict_reward(delta, act, after, reward_layers)[0]
-                logit[rows] = model.termination_logit(after, termination)[0]
-        reward = reward * model.reward_std + model.reward_mean
-        if "reward" in given:
-            reward = given["reward"](obs, action, next_obs)[:, None].float()
-        # Terminations weigh more in training, so logit 0 is where one is as probable as in the data on average: a
-        # rollout ends early rather than late. (Where a termination is the goal, that is the optimistic side.)
-        terminated = logit > 0
-        if "terminated" in given:
-            terminated = given["terminated"](obs, action, next_obs)[:, None].bool()
-        return next_obs, reward, terminated
+                next_obs[rows] = (before + delta)[0]
+                reward[rows, 0], end[rows, 0] = (x[0] for x in model.reward_and_end(before, act, delta, outcome))
+        return next_obs, reward, torch.rand(count, 1, **drawn) < end
 
     def disagreement(self, obs: Tensor, action: Tensor) -> Tensor:
         """(B, 1): standard deviation of the elites' means, divided by that of a step's change in the data, averaged
@@ -609,15 +589,15 @@ class Agent:
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.policy_lr)
         self.critic_optimizer = adam(self.critics.parameters(), lr=args.policy_lr)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.policy_lr)
-        self.model_optimizer = adam(self.model.parameters(), lr=args.model_lr)
+        self.model_optimizer = ensemble_optimizer(self.model, args)
+        for name in ("reward_fn", "termination_fn"):
+            if function := getattr(self.model, name):
+                setattr(self.model, name, functools.partial(in_units, function, self.middle, self.half_range))
 
-        self.data, self.pool = Buffer(obs_size, action_size, self.device), Pool(obs_size, action_size, self.device)
-        named = {"reward": args.reward_fn, "terminated": args.termination_fn}
-        units = self.middle, self.half_range
-        given = {column: load_function(name, *units) for column, name in named.items() if name is not None}
-        self.planner = Planner(self.model, self.actor, args, self.generator, given)
+        self.data = Buffer(self.device, **self.model.sizes, holdout=1)
+        self.pool = Pool(obs_size, action_size, self.device)
+        self.planner = Planner(self.model, self.actor, args, self.generator)
         self.trained_at, self.logs, self.losses = 0, {}, {}
-        self.episodes: dict[int, int] = {}  # of each environment, the row of `data` where its episode began
 
     def tensor(self, values: Any) -> Tensor:
         """One observation or action of the environment as (1, size), in single precision."""
@@ -637,21 +617,19 @@ class Agent:
         noise = torch.randn(1, size, generator=self.generator, device=self.device)
         return self.to_env(self.actor.sample(self.tensor(obs), noise)[0][0])
 
-    def observe(self, obs, action, reward: float, next_obs, terminated: bool, truncated: bool = False, env: int = 0):
-        """Stores one real step; where there are several environments, of that of this number. Whether it goes to the
-        model's hold-out set is drawn here."""
-        episode = self.episodes.setdefault(int(env), self.data.size)
+    def observe(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
+        """Stores one real step; whether it is held out from the model's training is drawn here, once and for all."""
         action = (self.tensor(action)[0] - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
-        holdout = self.data.draw_holdout(self.args.holdout_ratio, self.args.max_holdout, self.generator)
         row = {"obs": before, "action": action, "reward": reward, "delta": after - before, "terminated": terminated}
-        self.data.add(**row, episode=episode, holdout=holdout)
-        for name, function in self.planner.given.items():  # what it says, instead of what the environment said
-            obs, action, delta = (self.data.column(column)[-1:] for column in ("obs", "action", "delta"))
-            self.data.column(name)[-1:, 0] = function(obs, action, obs + delta)
-        if terminated or truncated:
-            del self.episodes[env]
+        # Of much data ever fewer rows are held out (MBPO: at most 5,000), and never the first.
+        ratio = min(self.args.holdout_ratio, 5_000 / (self.data.size + 1)) * (self.data.size > 0)
+        self.data.add(**row, holdout=torch.rand((), generator=self.generator, device=self.device) < ratio)
+        last = self.data.columns(slice(-1, None))
+        for name, function in (("reward", self.model.reward_fn), ("terminated", self.model.termination_fn)):
+            if function is not None:  # what it says, instead of what the environment said
+                last[name][:, 0] = function(last["obs"], last["action"], last["obs"] + last["delta"])
 
     def update(self, say: Callable[[str], Any] = str) -> None:
         """After each environment step: the model when it is time, then the updates of the actor-critic. `say` is told
@@ -668,15 +646,14 @@ class Agent:
             self.update_policy({name: column[index] for name, column in batches.items()})
 
     def train_model(self) -> None:
-        """Trains the ensemble, after a look at how it predicted what it had not seen, and fills the pool."""
+        """Trains the ensemble and fills the pool."""
         args, size, generator = self.args, self.data.size, self.generator
-        if self.trained_at:
-            self.logs |= diagnose(self.model, self.data, self.trained_at)
         self.logs |= fit(self.model, self.model_optimizer, self.data, args, generator)
         self.trained_at = size
         length = rollout_length(size - args.learning_starts, args.rollout_schedule)
         self.pool.resize(length * args.rollouts * args.keep_trainings)
-        obs = self.data.obs[torch.randint(size, (args.rollouts,), generator=generator, device=self.device)]
+        rows = torch.randint(size, (args.rollouts,), generator=generator, device=self.device)
+        obs = self.data.columns(rows)["obs"]
         made, ended = 0, 0.0
         for rows in self.planner.imagine(obs, length):
             self.pool.add(rows)
@@ -695,8 +672,9 @@ class Agent:
             share = 1 - (1 - args.real_ratio) * after / args.real_ratio_steps
         num_real = int(args.batch_size * share) if pool.size else args.batch_size
         rows = torch.randint(data.size, (count, num_real), generator=self.generator, device=self.device)
-        real = {name: data.column(name)[rows] for name in ("obs", "action", "reward", "delta", "terminated")}
-        real["next_obs"], real["goes_on"] = real["obs"] + real.pop("delta"), 1 - real.pop("terminated").float()
+        step = data.columns(rows)
+        real = {name: step[name] for name in ("obs", "action", "reward")}
+        real |= {"next_obs": step["obs"] + step["delta"], "goes_on": 1 - step["terminated"]}
         real["weight"] = torch.ones_like(real["reward"])
         if num_real == args.batch_size:
             return real
@@ -746,7 +724,7 @@ class Agent:
         return {name: getattr(self, name).state_dict() for name in self.parts} | {
             "log_alpha": self.log_alpha.detach().clone(),
             "generator": {self.device.type: self.generator.get_state()},
-            "plain": (self.trained_at, dict(self.episodes)),
+            "trained_at": self.trained_at,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -757,7 +735,7 @@ class Agent:
             self.log_alpha.copy_(state["log_alpha"])
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
-        self.trained_at, self.episodes = copy.deepcopy(state["plain"])
+        self.trained_at = state["trained_at"]
 
 
 def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
@@ -774,7 +752,7 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
         obs = episode.obs
         action = agent.act(obs)
         next_obs, reward, terminated, truncated = episode.step(action)
-        agent.observe(obs, action, reward, next_obs, terminated, truncated)
+        agent.observe(obs, action, reward, next_obs, terminated)
         if step == args.learning_starts:
             say("")
         agent.update(say)
@@ -987,7 +965,7 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script's own: spaces, device, functions that are given, and how well the model predicts.
+# The script's own: spaces, device, functions that are given.
 # ---------------------------------------------------------------------------------------------------------------------
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises Failure for spaces that this script does not handle."""
@@ -1017,67 +995,19 @@ def compiled(function: Callable, wanted: bool) -> Callable:
     return torch.compile(function) if wanted else function
 
 
-def load_function(name: str, middle: Tensor, half_range: Tensor) -> Callable:
-    """The function named as `module:function`, to be called with actions in [-1, 1]."""
-    try:
-        module, _, function = name.partition(":")
-        return functools.partial(ask, getattr(importlib.import_module(module), function), middle, half_range)
-    except Exception as error:  # that of the module itself, too
-        raise Failure(f"cannot load {name}, which should read module:function: {error!r}") from error
+def load_function(name: str | None) -> Callable | None:
+    """The function named as `module:function`."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
-def ask(
+def in_units(
     function: Callable, middle: Tensor, half_range: Tensor, obs: Tensor, action: Tensor, next_obs: Tensor
 ) -> Tensor:
-    """What a given function says of steps (B, size), which wants actions in the environment's units."""
-    found = function(obs, middle + half_range * action, next_obs)
-    if getattr(found, "shape", None) != obs.shape[:1]:
-        raise Failure(f"{function} gave {found}, not a tensor with one number for each of {len(obs)} rows")
-    return found
-
-
-@torch.inference_mode()
-def diagnose(model: Ensemble, data: Buffer, start: int) -> dict[str, float]:
-    """How well the elites predict the transitions from row `start` on, with which they have not been trained yet.
-
-    One step, by the mean of the elites: errors by dimension, disagreement and noise are in standard deviations of a
-    step's change, the reward's error in those of the reward. k steps, by each elite along the actions that were taken:
-    errors are in standard deviations of the observation.
-    """
-    (dynamics, reward_layers, _), count = model.select(model.elites), len(model.elites)
-    obs, action, delta, reward = (data.column(name)[start:] for name in ("obs", "action", "delta", "reward"))
-    unit = torch.where(model.delta_std > 0, model.delta_std, 1.0)
-    mean, std = model.predict(obs.expand(count, -1, -1), action.expand(count, -1, -1), dynamics)  # (G, B, obs_size)
-    epistemic = mean.var(0, correction=0) / unit**2  # (B, obs_size): the variance that is disagreement,
-    aleatoric = (std**2).mean(0) / unit**2  # and that which is expected noise
-    error = (mean.mean(0) - delta) / unit
-    inside = (error.abs() < 1.645 * (epistemic + aleatoric).sqrt())[:, model.delta_std > 0]
-    predicted = model.predict_reward(mean, action.expand(count, -1, -1), obs + mean, reward_layers).mean(0)  # (B, 1)
-    reward_error = predicted - model.standardise("reward", reward)
-    logs = {
-        "model/coverage_90": inside.float().mean().item() if inside.numel() else 1.0,
-        "model/disagreement": epistemic.sqrt().mean().item(),
-        "model/noise": aleatoric.sqrt().mean().item(),
-        "model/error_reward": (reward_error**2).mean().sqrt().item(),
-    }
-    root_mean_square = (error**2).mean(0).sqrt().tolist()
-    logs |= {f"model/error_dim_{index}": value for index, value in enumerate(root_mean_square[:32])}
-    if len(obs) > 2 and count > 1:
-        ranks = [variance.mean(1).argsort().argsort().float() for variance in (epistemic, error**2)]
-        logs["model/disagreement_rank_correlation"] = torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-    obs_unit = torch.where(model.obs_std > 0, model.obs_std, 1.0)
-    order = start + data.column("episode")[start:, 0].argsort(stable=True)  # environments may have stepped in turn
-    for steps in (steps for steps in (1, 5, 10, 20) if steps <= len(order)):
-        windows = order.unfold(0, steps, 1)  # (W, steps): rows, in each window one step after the other
-        windows = windows[data.episode[windows[:, 0]] == data.episode[windows[:, -1]]]
-        if len(windows):
-            state, last = data.obs[windows[:, 0]].expand(count, -1, -1), windows[:, -1]
-            for rows in windows.T:
-                state = state + model.predict(state, data.action[rows].expand(count, -1, -1), dynamics)[0]
-            error = (state - data.obs[last] - data.delta[last]) / obs_unit
-            logs[f"model/error_{steps}_steps"] = (error**2).mean().sqrt().item()
-    return logs
+    """What a given function says of steps, which wants actions in the environment's units."""
+    return function(obs, middle + half_range * action, next_obs)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # which a notebook has not
