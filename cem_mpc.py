@@ -28,9 +28,6 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
     - Targets are standardised like inputs. Trainings have a hold-out set and stop early (MBPO, Janner et al. 2019).
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value is
       added at its end: `--terminal-value`.
-
-Run:     python cem_mpc.py
-         python cem_mpc.py --env-id Reacher-v5       (needs gymnasium[mujoco])
 """
 
 import copy
@@ -99,7 +96,7 @@ class Args:
     max_updates: int = 1_000  # gradient steps after whose epoch a training ends in any case (PETS: 5 epochs a trial)
     holdout_ratio: float = 0.1  # probability that a step is held out, and no network trained on it (MBPO: 0.2)
 
-    planner: Literal["random_shooting", "cem", "icem", "gradient"] = "cem"  # the search; for Discrete the first two
+    planner: Literal["random_shooting", "cem", "icem", "gradient"] = "cem"  # the search; if Discrete: cem
     horizon: int = 25  # steps imagined (PETS: 25 to 30)
     population: int = 64  # sequences scored in an iteration (PETS: 400 to 500)
     iterations: int = 3  # of the search for each action (PETS: 5; random_shooting: so many populations at once)
@@ -132,14 +129,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Dimensions of the tensors: E members of the ensemble, G of them in use, B rows for each, N rows of the data or
 # sequences, P particles of a sequence, H steps, A action_size.
-Layers = list[Tensor]  # of G networks: weight (G, out, in), bias (G, 1, out), weight, bias, ...
+Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
 
 
 def networks(count: int, sizes: Sequence[int], generator: torch.Generator) -> nn.ParameterList:
     """The layers of `count` networks, with the initial weights of the authors' code of PETS and MBPO."""
     layers = nn.ParameterList()
     for fan_in, fan_out in itertools.pairwise(sizes):
-        std, weight = 1 / (2 * math.sqrt(fan_in)), torch.empty(count, fan_out, fan_in, device=generator.device)
+        std, weight = 1 / (2 * math.sqrt(fan_in)), torch.empty(count, fan_in, fan_out, device=generator.device)
         layers.append(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
         layers.append(torch.zeros(count, 1, fan_out, device=generator.device))
     return layers
@@ -149,8 +146,8 @@ def mlp(x: Tensor, layers: Layers) -> Tensor:
     """(G, B, in) -> (G, B, out): G networks at once, each layer one batched matrix product."""
     *hidden, (weight, bias) = zip(layers[::2], layers[1::2], strict=True)
     for hidden_weight, hidden_bias in hidden:
-        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight.mT))  # (G, B, hidden)
-    return torch.baddbmm(bias, x, weight.mT)
+        x = F.silu(torch.baddbmm(hidden_bias, x, hidden_weight))  # (G, B, hidden)
+    return torch.baddbmm(bias, x, weight)
 
 
 class Ensemble(nn.Module):
@@ -159,7 +156,6 @@ class Ensemble(nn.Module):
     is sharp in the next obs and blurred in the one before.
 
     Inputs and targets are standardised. What is constant in the data is scaled to zero and predicted without error.
-    `reward_fn` and `termination_fn`, of obs, action, next_obs (..., size) to (...), replace what is learned.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
@@ -190,9 +186,9 @@ class Ensemble(nn.Module):
     def standardise(self, name: str, values: Tensor) -> Tensor:
         return (values - getattr(self, f"{name}_mean")) * getattr(self, f"{name}_inverse")
 
-    def select(self, members: Tensor | slice = slice(None)) -> tuple[Layers, Layers]:
-        """The dynamics and outcome networks of some members (G,), or of all."""
-        return [layer[members] for layer in self.dynamics], [layer[members] for layer in self.outcome]
+    def select(self, members: Tensor) -> tuple[Layers, Layers]:
+        """The dynamics and outcome networks of some members (G,), in a layout that makes narrow last layers faster."""
+        return tuple([layer[members].mT.contiguous().mT for layer in part] for part in (self.dynamics, self.outcome))
 
     def gaussian(self, obs: Tensor, action: Tensor, dynamics: Layers) -> tuple[Tensor, Tensor]:
         """obs (G, B, obs_size), action (G, B, A) -> mean and log variance (G, B, obs_size) of standardised delta."""
@@ -230,14 +226,14 @@ class Ensemble(nn.Module):
 def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
     delta obs (PETS, equation 1, a mean over dimensions), and squared error of its mean."""
-    mean, logvar = model.gaussian(batch["obs"], batch["action"], model.select()[0])
+    mean, logvar = model.gaussian(batch["obs"], batch["action"], list(model.dynamics))
     squared = (mean - model.standardise("delta", batch["delta"])) ** 2
     return (squared * (-logvar).exp() + logvar).mean((1, 2)), squared.mean((1, 2))
 
 
 def outcome_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The same for the squared error of the reward and the cross-entropy of termination, each row with its `weight`."""
-    reward, logit = model.judge(batch["delta"], batch["action"], batch["obs"] + batch["delta"], model.select()[1])
+    reward, logit = model.judge(batch["delta"], batch["action"], batch["obs"] + batch["delta"], list(model.outcome))
     squared = (reward - model.standardise("reward", batch["reward"])) ** 2
     cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], reduction="none")
     return (batch["weight"] * squared).mean((1, 2)), (batch["weight"] * cross_entropy).mean((1, 2))
@@ -272,30 +268,26 @@ def fit(
     (importance sampling), so that an end is not expected more often than it comes.
     """
     held_out = data.columns()["holdout"][:, 0] > 0
-    train = data.columns(~held_out)
-    if not held_out.any():  # the first few rows may all have been drawn for training
-        held_out = ~held_out
-    members, device, size = args.ensemble_size, held_out.device, len(train["obs"])
-    holdout = {name: column.expand(members, -1, -1) for name, column in data.columns(held_out).items()}
-    holdout["weight"] = torch.ones_like(holdout["reward"])
+    seen, members, device = (~held_out).nonzero()[:, 0], args.ensemble_size, held_out.device
+    train, holdout, size = data.columns(seen), data.columns(held_out if held_out.any() else seen), len(seen)
+    holdout = {name: column.expand(members, -1, -1) for name, column in holdout.items()}
     model.set_scale(train)
     unusual = sum(model.standardise(name, train[name]).abs()[:, 0] for name in ("reward", "terminated"))  # (N,)
     density = 1 + unusual / unusual.mean().clamp_min(1e-9)
-    train["weight"] = density.mean() / density[:, None]
+    weight = density.mean() / density[:, None]
 
     batch_size = min(args.model_batch_size, max(32, size // 16), size)
     batches = min(size // batch_size, args.max_updates)  # in an epoch
     # The bootstrap: every member has rows of its own, drawn with replacement.
-    rows = torch.randint(size, (members, batches * batch_size), generator=generator, device=device)
-    best, lowest, best_layers = math.inf, math.inf, [layer.detach().clone() for layer in model.dynamics]
-    stale = updates = 0
+    rows = seen[torch.randint(size, (members, batches * batch_size), generator=generator, device=device)]
+    best, lowest, best_layers, stale, updates = math.inf, math.inf, copy.deepcopy(model.dynamics), 0, 0
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         drawn = density.multinomial(rows.numel(), replacement=True, generator=generator).view_as(rows)
         outcome_loss = 0.0
         for batch, other in zip(shuffled.split(batch_size, dim=1), drawn.split(batch_size, dim=1), strict=True):
-            parts = ({name: column[index] for name, column in train.items()} for index in (batch, other))  # (E, B)
-            loss, of_outcome = ensemble_loss(model, *parts)
+            drawn_rows = data.columns(seen[other]) | {"weight": weight[other]}  # (E, B, width)
+            loss, of_outcome = ensemble_loss(model, data.columns(batch), drawn_rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -309,14 +301,10 @@ def fit(
                 best_layer[improved] = layer[improved]
         stale = 0 if improved.any() or fell else stale + 1
 
-    with torch.no_grad():
-        for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
-            layer.copy_(best_layer)
-        losses = [loss.mean().item() for loss in (*dynamics_losses(model, holdout), *outcome_losses(model, holdout))]
+    model.dynamics.load_state_dict(best_layers.state_dict())
     model.elites.copy_(best.argsort()[: len(model.elites)])
-    names = ("nll", "mse", "reward_mse", "termination_cross_entropy")
-    logs = {f"model/holdout_{name}": value for name, value in zip(names, losses, strict=True)}
-    return logs | {"losses/model_loss": loss.item(), "model/updates": float(updates)}
+    logs = {"model/holdout_mse": best.mean().item(), "model/updates": float(updates)}
+    return logs | {"losses/model_loss": loss.item(), "losses/outcome_loss": lowest.item()}
 
 
 class Buffer:
@@ -353,9 +341,8 @@ def value(layers: Layers, obs: Tensor) -> Tensor:
 
 
 def lambda_returns(data: dict[str, Tensor], next_value: Tensor, gamma: float, trace: float = 0.8) -> Tensor:
-    """Of all steps, (N,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * G of the next step) (Sutton & Barto,
-    exercise 12.1). A termination ends it; where an episode was truncated or still goes on, the last term is V as well.
-    """
+    """Of all steps, (N,): G = r + gamma * ((1 - lambda) * V(next obs) + lambda * next G) (Sutton & Barto, exercise
+    12.1). A termination ends it; where an episode was truncated or still goes on, V stands for the next G."""
     columns = (data[name].view(-1).tolist() for name in ("reward", "terminated", "last"))
     returns, following = [], 0.0
     for reward, terminated, last, next_v in reversed([*zip(*columns, next_value.tolist(), strict=True)]):
@@ -367,11 +354,8 @@ def lambda_returns(data: dict[str, Tensor], next_value: Tensor, gamma: float, tr
 
 def fit_value(model: Ensemble, buffer: Buffer, gamma: float, generator: torch.Generator) -> tuple[Layers, float]:
     """Networks for V(s), and their loss, learned from the lambda-returns of all real steps (off-policy, uncorrected):
-    old ones, too, which show the failures that the agent has learned to avoid.
-
-    Their weights are new: networks that have followed changing targets for long judge states that they have not seen
-    worse (Nikishin et al. 2022).
-    """
+    old ones, too, which show the failures that the agent has learned to avoid. Their weights are new: networks that
+    have followed changing targets for long judge unseen states worse (Nikishin et al. 2022)."""
     data, layers = buffer.columns(), list(networks(5, (len(model.obs_mean), 64, 64, 1), generator))
     optimizer = torch.optim.Adam([layer.requires_grad_() for layer in layers], lr=1e-3, fused=True)
     step = data["obs"], data["action"], data["obs"] + data["delta"]
@@ -432,15 +416,9 @@ def uniform(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(count, *like.shape[1:], generator=generator, device=like.device) * 2 - 1
 
 
-def uniform_discrete(count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random sequences (count, H, A) of one-hot vectors."""
-    size = like.shape[2]
-    return F.one_hot(torch.randint(size, (count, like.shape[1]), generator=generator, device=like.device), size).float()
-
-
-def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator, draw=uniform) -> Tensor:
+def random_shooting(score: Callable, start: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     """The best of population * iterations random sequences."""
-    plans = draw(args.population * args.iterations, start, generator)
+    plans = uniform(args.population * args.iterations, start, generator)
     return plans[score(plans).topk(1).indices]
 
 
@@ -512,7 +490,6 @@ def gradient(score: Callable, start: Tensor, args: Args, generator: torch.Genera
 
 
 PLANNERS = {"random_shooting": random_shooting, "cem": cem, "icem": icem, "gradient": gradient}
-PLANNERS_DISCRETE = {"random_shooting": functools.partial(random_shooting, draw=uniform_discrete), "cem": cem_discrete}
 
 
 class Agent:
@@ -522,7 +499,7 @@ class Agent:
         check(observation_space, action_space, args)
         self.args, self.device, self.action_space = args, find_device(args), action_space
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.planner = (PLANNERS_DISCRETE if self.discrete else PLANNERS)[args.planner]
+        self.planner = cem_discrete if self.discrete else PLANNERS[args.planner]
         self.obs_size, self.action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
         nothing = 1 / self.action_size if self.discrete else 0.0
         self.neutral = torch.full((1, args.horizon, self.action_size), nothing, device=self.device)  # says nothing
@@ -540,8 +517,8 @@ class Agent:
     def act(self, obs: Any) -> Any:
         """The first action of the plan; before `learning_starts` steps, a random one."""
         if self.data.size < self.args.learning_starts:
-            draw = uniform_discrete if self.discrete else uniform
-            return self.to_env(draw(1, self.neutral[:, :1], self.generator)[0, 0])
+            action = uniform(1, self.neutral, self.generator)[0, 0]  # if Discrete, the largest is the one
+            return self.to_env(action)
         action, self.start = self.plan(obs, self.start, self.generator)
         return action
 
@@ -597,23 +574,18 @@ class Agent:
             return
         say("training the model")
         self.logs |= fit(self.model, self.optimizer, self.data, self.args, self.generator)
-        self.update_value()
-        self.trained_at = self.data.size
-        say("")
-
-    def update_value(self) -> None:
-        """Learns the value, where it is wanted."""
         if self.args.terminal_value:
             found = fit_value(self.model, self.data, self.args.gamma, self.generator)
             self.value, self.logs["losses/value_loss"] = found
+        self.trained_at = self.data.size
+        say("")
 
     def greedy_policy(self, seed: int) -> Callable[..., Any]:
         """A policy (observation, info -> action) for one episode, which does not touch the agent."""
-        start, generator = None, torch.Generator(self.device).manual_seed(seed)
+        start, generator = [None], torch.Generator(self.device).manual_seed(seed)
 
         def policy(obs: Any, info: dict | None = None) -> Any:
-            nonlocal start
-            action, start = self.plan(obs, start, generator)
+            action, start[0] = self.plan(obs, start[0], generator)
             return action
 
         return policy
@@ -890,13 +862,12 @@ def check(observation_space: gym.Space, action_space: gym.Space, args: Args) -> 
     if not isinstance(observation_space, gym.spaces.Box) or math.prod(observation_space.shape) > 1_000:
         others = "pictures: muzero.py, dreamer.py; Dict: dreamer.py; finite ones: dyna_q.py"
         raise Failure(f"observations must be a Box of up to 1,000 numbers, not {observation_space}; {others}")
-    planners = PLANNERS_DISCRETE
     if not isinstance(action_space, gym.spaces.Discrete):
-        planners, box = PLANNERS, isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
+        box = isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
         if not box or not np.isfinite(np.subtract(action_space.high, action_space.low, dtype=np.float32)).all():
             raise Failure(f"actions must be Discrete or a bounded Box of floating-point numbers, not {action_space}")
-    if args.planner not in planners:
-        raise Failure(f"--planner must be one of {', '.join(planners)} for {action_space}")
+    elif args.planner != "cem":
+        raise Failure(f"--planner must be cem for {action_space}")
     if args.particles % args.num_elites:
         raise Failure(f"--particles must be a multiple of --num-elites, which is {args.num_elites}")
     if len(args.weight_decay) != len(args.hidden) + 1:
@@ -920,7 +891,8 @@ def init_from(agent: Agent, folder: str, *spaces: gym.Space) -> None:
     agent.model.load_state_dict(source.model.state_dict())
     agent.data.load_state_dict(source.data.state_dict())
     agent.data.columns()["last"][-1] = 1  # its episode does not go on here
-    agent.update_value()
+    if agent.args.terminal_value:
+        agent.value, _ = fit_value(agent.model, agent.data, agent.args.gamma, agent.generator)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # which a notebook has not
