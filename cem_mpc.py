@@ -86,13 +86,13 @@ class Args:
     gamma: float = 0.99  # discount factor of imagined rewards (PETS: 1)
 
     ensemble_size: int = 5  # networks in the ensemble (PETS: 5, MBPO: 7)
-    num_elites: int = 5  # networks that are used, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)
-    hidden: tuple[int, ...] = (128, 128)  # units of each hidden layer of the dynamics (PETS: 3 or 4 layers of 200)
+    num_elites: int = 5  # networks in use, those with the lowest hold-out error (PETS: all, MBPO: 5 of 7)
+    hidden: tuple[int, ...] = (128, 128)  # units of each hidden layer of the dynamics (PETS: 3 of 500, 3 or 4 of 200)
     weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4)  # of each layer of the dynamics, on half the squares (MBPO)
-    model_lr: float = 1e-3  # step size of Adam for the ensemble (PETS, MBPO)
-    model_batch_size: int = 256  # most rows of a batch, a sixteenth of the data, but at least 32 (MBPO: 256, PETS: 32)
+    model_lr: float = 1e-3  # step size of Adam for the ensemble (MBPO; PETS: from 7.5e-4 on)
+    model_batch_size: int = 256  # a network's batch is a sixteenth of its rows, from 32 to this (MBPO: 256, PETS: 32)
     train_every: int = 100  # environment steps between two trainings of the ensemble (PETS: a trial)
-    patience: int = 10  # a training ends after more epochs in which nothing gets better (MBPO: 5)
+    patience: int = 10  # a training ends when more epochs in a row bring nothing better (MBPO: 5)
     max_updates: int = 1_000  # gradient steps after whose epoch a training ends in any case (PETS: 5 epochs a trial)
     holdout_ratio: float = 0.1  # probability that a step is held out, and no network trained on it (MBPO: 0.2)
 
@@ -100,7 +100,7 @@ class Args:
     horizon: int = 25  # steps imagined (PETS: 25 to 30)
     population: int = 64  # sequences scored in an iteration (PETS: 400 to 500)
     iterations: int = 3  # of the search for each action (PETS: 5; random_shooting: so many populations at once)
-    num_best: int = 10  # sequences to which the distribution moves (PETS: a tenth of the population); gradient: all
+    num_best: int = 10  # sequences to which the distribution moves (PETS: a tenth of the population); gradient: ascents
     momentum: float = 0.1  # weight of the old distribution when it moves (PETS: 0.1)
     particles: int = 5  # imagined futures of each sequence, a multiple of num_elites (PETS: 20)
     sampling: Literal["ts1", "tsinf"] = "tsinf"  # a particle keeps its member (tsinf), or gets one anew at every step
@@ -174,11 +174,11 @@ class Ensemble(nn.Module):
         self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes means and standard deviations from columns (N, size); 0 where it is no more than rounding."""
-        for name in self.sizes:  # a flag that is raised when an episode ends is in next observations only
+        """Takes means and standard deviations from columns (N, size)."""
+        for name in self.sizes:  # of obs also the last ones of episodes, which alone may show a flag
             values = torch.cat([data["obs"], data["obs"] + data["delta"]]) if name == "obs" else data[name]
             std = values.std(0, correction=0)
-            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
+            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)  # no more than rounding
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(std)
             getattr(self, f"{name}_inverse").copy_(torch.where(std > 0, 1 / std, 0.0))
@@ -224,8 +224,8 @@ class Ensemble(nn.Module):
 
 
 def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
-    delta obs (PETS, equation 1, a mean over dimensions), and squared error of its mean."""
+    """For each member, (E,), means over rows and dimensions of `batch`, whose tensors are (E, B, size): negative log
+    likelihood of delta obs (PETS, equation 1, without its constant), and squared error of the mean."""
     mean, logvar = model.gaussian(batch["obs"], batch["action"], list(model.dynamics))
     squared = (mean - model.standardise("delta", batch["delta"])) ** 2
     return (squared * (-logvar).exp() + logvar).mean((1, 2)), squared.mean((1, 2))
@@ -248,7 +248,8 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Te
 
 
 def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
-    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's)."""
+    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's). The outcome
+    networks, which must fit what is rare in few updates, take larger steps."""
     decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
     groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
     groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
@@ -259,9 +260,9 @@ def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
 def fit(
     model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
-    """Trains the ensemble until neither a dynamics network gets better on the hold-out set, by the squared error of its
-    mean (a variance that is still off must not decide; MBPO's code), nor the loss of the outcome falls. Each dynamics
-    network is left with its best weights.
+    """Trains the ensemble until, for more than `patience` epochs, no dynamics network has lowered its squared error on
+    the hold-out set (MBPO's code; a variance that is still off must not decide), nor the outcome its training loss.
+    Each dynamics network is left with its best weights.
 
     Rewards and ends that matter may be so rare that none is held out. So the outcome networks keep their last weights,
     and half of their rows are drawn for how unusual reward and end are; in the loss these weigh by as much less
@@ -278,7 +279,7 @@ def fit(
 
     batch_size = min(args.model_batch_size, max(32, size // 16), size)
     batches = min(size // batch_size, args.max_updates)  # in an epoch
-    # The bootstrap: every member has rows of its own, drawn with replacement.
+    # The bootstrap: every dynamics network has rows of its own, drawn with replacement.
     rows = seen[torch.randint(size, (members, batches * batch_size), generator=generator, device=device)]
     best, lowest, best_layers, stale, updates = math.inf, math.inf, copy.deepcopy(model.dynamics), 0, 0
     while stale <= args.patience and updates < args.max_updates:
@@ -355,7 +356,7 @@ def lambda_returns(data: dict[str, Tensor], next_value: Tensor, gamma: float, tr
 def fit_value(model: Ensemble, buffer: Buffer, gamma: float, generator: torch.Generator) -> tuple[Layers, float]:
     """Networks for V(s), and their loss, learned from the lambda-returns of all real steps (off-policy, uncorrected):
     old ones, too, which show the failures that the agent has learned to avoid. Their weights are new: networks that
-    have followed changing targets for long judge unseen states worse (Nikishin et al. 2022)."""
+    have followed changing targets for long judge unseen states worse (Igl et al. 2021)."""
     data, layers = buffer.columns(), list(networks(5, (len(model.obs_mean), 64, 64, 1), generator))
     optimizer = torch.optim.Adam([layer.requires_grad_() for layer in layers], lr=1e-3, fused=True)
     step = data["obs"], data["action"], data["obs"] + data["delta"]
@@ -459,8 +460,8 @@ def icem(score: Callable, start: Tensor, args: Args, generator: torch.Generator)
     """Improved CEM (Pinneri et al. 2020, algorithm 1): coloured noise, fewer samples in later iterations, the best
     sequences kept over iterations and steps, the mean as a candidate in the last one. Returns [best, mean, *kept].
 
-    Theirs ends a shifted mean with its last action and shifted sequences with a drawn one, does not score again what is
-    kept, and its noise has up to a fifth more deviation.
+    Theirs ends a shifted mean with its last action and shifted sequences with a drawn one, does not score again within a
+    step what is kept, and its noise has up to a fifth more deviation.
     """
     mean, kept = start[1 if len(start) > 1 else 0], start[2:]  # an episode begins with one sequence
     std = torch.full_like(mean, 0.5)
@@ -493,7 +494,7 @@ PLANNERS = {"random_shooting": random_shooting, "cem": cem, "icem": icem, "gradi
 
 
 class Agent:
-    """`act` plans, `observe` stores, `update` trains when it is time: in this order, after every step."""
+    """`act` plans, `observe` stores, `update` trains when it is time: in this order, at every step."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         check(observation_space, action_space, args)

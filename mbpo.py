@@ -25,11 +25,9 @@ The algorithm (Janner et al. 2019, "When to Trust Your Model: Model-Based Policy
 The policy is trained as in soft actor-critic (Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications",
 algorithm 1). The order is that of the authors' code, jannerm/mbpo. What else differs:
 
-    - Reward and termination have networks of their own, without noise, which see the next observation. Termination is
-      learned, so that an environment is all that is needed; where episodes end by chance, or by an action that leaves
-      no trace in the next observation, far too many imagined steps end: there, give `termination_fn`.
-    - What the ensemble predicts is standardised. A transition is held out from all trainings or from none (until there
-      are more than `max_holdout`), and only the error of the dynamics decides when to stop.
+    - Reward and termination have a network of their own, which sees the next observation; an imagined step ends with
+      the probability that it gives. So an environment is all that is needed (theirs: termination is given).
+    - What the ensemble predicts is standardised. A transition is held out from all trainings or from none.
     - Every step is in the data at once, and random actions end after `learning_starts` (theirs: with the episode).
     - Initial weights of actor and critics are PyTorch's (theirs: Keras'); MuJoCo tasks are Gymnasium's v5 (Gym's v2).
 
@@ -42,7 +40,8 @@ Without a model: `python mbpo.py --real-ratio 1`. Expect, at the last evaluation
     Reacher-v5                  5,000  -4.9, -5.7, -5.9                          -7.9 to -9.6               11 to 14
     HalfCheetah-v5             10,000  3233, 3291, 4144                          -102 to -163 (40 updates)  45 to 62
 
-On the pendulums most of the gain comes from the number of updates, not from the model (benchmark/README.md).
+On the pendulums most of the gain comes from the number of updates, not from the model (benchmark/README.md). These
+figures were made when reward and termination had two networks, and terminations were expected too often.
 """
 
 import copy
@@ -112,7 +111,7 @@ class Args:
     keep_trainings: int = 1  # for how many trainings imagined transitions are kept (MBPO: 4, pendulum 1, Humanoid 5)
     max_disagreement: float | None = None  # not in the paper: where elites differ more, a rollout ends
     weigh_disagreement: bool = False  # not in the paper: imagined steps weigh 1 / (1 + disagreement) for the critics
-    reward_fn: str | None = None  # module:function of tensors (obs, action, next_obs), (B, size) to (B,); None: learned
+    reward_fn: str | None = None  # module:function of tensors obs, action, next_obs (..., size) to (...); None: learned
     termination_fn: str | None = None  # the same for termination, to a tensor of bool; None: learned
 
     ensemble_size: int = 7  # networks in the ensemble (PETS: 5, MBPO: 7)
@@ -122,7 +121,7 @@ class Args:
     model_lr: float = 1e-3  # step size of Adam for the ensemble (PETS, MBPO)
     model_batch_size: int = 256  # a network's batch is a sixteenth of its rows, from 32 to this (MBPO: 256, PETS: 32)
     train_every: int = 250  # environment steps between two trainings of the ensemble (MBPO: 250; Humanoid 1,000)
-    patience: int = 10  # a training ends after more epochs in which nothing gets better (MBPO: 5)
+    patience: int = 10  # a training ends when more epochs in a row bring nothing better (MBPO: 5)
     max_updates: int = 2_000  # gradient steps after which a training ends with its epoch (MBPO: no limit)
     holdout_ratio: float = 0.2  # probability that a transition is held out from training (MBPO: 0.2)
 
@@ -214,11 +213,11 @@ class Ensemble(nn.Module):
         self.reward_fn, self.termination_fn = load_function(args.reward_fn), load_function(args.termination_fn)
 
     def set_scale(self, data: dict[str, Tensor]) -> None:
-        """Takes means and standard deviations from columns (N, size); 0 where it is no more than rounding."""
-        for name in self.sizes:  # a flag that is raised when an episode ends is in next observations only
+        """Takes means and standard deviations from columns (N, size)."""
+        for name in self.sizes:  # of obs also the last ones of episodes, which alone may show a flag
             values = torch.cat([data["obs"], data["obs"] + data["delta"]]) if name == "obs" else data[name]
             std = values.std(0, correction=0)
-            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)
+            std = torch.where(std <= 1e-6 * values.abs().amax(0) + 1e-12, 0.0, std)  # no more than rounding
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_std").copy_(std)
             getattr(self, f"{name}_inverse").copy_(torch.where(std > 0, 1 / std, 0.0))
@@ -264,8 +263,8 @@ class Ensemble(nn.Module):
 
 
 def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """For each member, (E,), means over its rows of `batch`, whose tensors are (E, B, size): negative log likelihood of
-    delta obs (PETS, equation 1, a mean over dimensions), and squared error of its mean."""
+    """For each member, (E,), means over rows and dimensions of `batch`, whose tensors are (E, B, size): negative log
+    likelihood of delta obs (PETS, equation 1, without its constant), and squared error of the mean."""
     mean, logvar = model.gaussian(batch["obs"], batch["action"], list(model.dynamics))
     squared = (mean - model.standardise("delta", batch["delta"])) ** 2
     return (squared * (-logvar).exp() + logvar).mean((1, 2)), squared.mean((1, 2))
@@ -288,7 +287,8 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Te
 
 
 def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
-    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's)."""
+    """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's). The outcome
+    networks, which must fit what is rare in few updates, take larger steps."""
     decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
     groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
     groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
@@ -299,9 +299,9 @@ def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
 def fit(
     model: Ensemble, optimizer: torch.optim.Optimizer, data: "Buffer", args: Args, generator: torch.Generator
 ) -> dict[str, float]:
-    """Trains the ensemble until neither a dynamics network gets better on the hold-out set, by the squared error of its
-    mean (a variance that is still off must not decide; MBPO's code), nor the loss of the outcome falls. Each dynamics
-    network is left with its best weights.
+    """Trains the ensemble until, for more than `patience` epochs, no dynamics network has lowered its squared error on
+    the hold-out set (MBPO's code; a variance that is still off must not decide), nor the outcome its training loss.
+    Each dynamics network is left with its best weights.
 
     Rewards and ends that matter may be so rare that none is held out. So the outcome networks keep their last weights,
     and half of their rows are drawn for how unusual reward and end are; in the loss these weigh by as much less
@@ -318,7 +318,7 @@ def fit(
 
     batch_size = min(args.model_batch_size, max(32, size // 16), size)
     batches = min(size // batch_size, args.max_updates)  # in an epoch
-    # The bootstrap: every member has rows of its own, drawn with replacement.
+    # The bootstrap: every dynamics network has rows of its own, drawn with replacement.
     rows = seen[torch.randint(size, (members, batches * batch_size), generator=generator, device=device)]
     best, lowest, best_layers, stale, updates = math.inf, math.inf, copy.deepcopy(model.dynamics), 0, 0
     while stale <= args.patience and updates < args.max_updates:
@@ -608,8 +608,9 @@ class Agent:
         noise = torch.randn(1, size, generator=self.generator, device=self.device)
         return self.to_env(self.actor.sample(self.tensor(obs), noise)[0][0])
 
-    def observe(self, obs, action, reward: float, next_obs, terminated: bool) -> None:
-        """Stores one real step; whether it is held out from the model's training is drawn here, once and for all."""
+    def observe(self, obs, action, reward: float, next_obs, terminated: bool, truncated: bool = False) -> None:
+        """Stores one real step; whether it is held out from the model's training is drawn here, once and for all. That
+        an episode was truncated changes nothing: its last state has a value."""
         action = (self.tensor(action)[0] - self.middle) / self.half_range
         # The difference of close numbers is taken before they are rounded to single precision.
         before, after = (np.asarray(values, np.float64).reshape(-1) for values in (obs, next_obs))
@@ -743,7 +744,7 @@ def train(args: Args, make: Callable[..., gym.Env] | None = None) -> dict:
         obs = episode.obs
         action = agent.act(obs)
         next_obs, reward, terminated, truncated = episode.step(action)
-        agent.observe(obs, action, reward, next_obs, terminated)
+        agent.observe(obs, action, reward, next_obs, terminated, truncated)
         if step == args.learning_starts:
             say("")
         agent.update(say)

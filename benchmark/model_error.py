@@ -28,11 +28,13 @@ def agent_of(run: Path) -> tuple[cem_mpc.Agent, cem_mpc.Episode]:
 def fresh_episodes(run: Path, count: int) -> tuple[cem_mpc.Agent, list[Episode]]:
     """The agent of a run, and episodes of it: `count` by its plans and as many by random actions."""
     (agent, episode), found = agent_of(run), []
+    space = episode.env.action_space
+    space.seed(cem_mpc.seed_of(agent.args.seed, 4))
     for index in range(2 * count):
         policy = agent.greedy_policy(cem_mpc.seed_of(agent.args.seed, 4, index))
         observations, actions, done = [episode.obs], [], False
         while not done:
-            action = policy(episode.obs, episode.info) if index < count else agent.to_env(agent.random_action())
+            action = policy(episode.obs, episode.info) if index < count else space.sample()
             _, _, terminated, truncated = episode.step(action)
             observations.append(episode.obs)
             actions.append(np.reshape(action, -1))
@@ -100,11 +102,11 @@ def optimism_by_steps(run: Path, episodes: int = 2, every: int = 10) -> list[tup
             if len(episode.actions) % every == 0:
                 plan = [action, *map(agent.to_env, start[0, :-1])]
                 real = returns_of(copy.deepcopy(episode.env), plan, args.gamma)
-                obs = torch.tensor(episode.obs, dtype=torch.float32).reshape(-1)
-                actions = torch.tensor(np.stack(plan), dtype=torch.float32).reshape(1, len(plan), -1)
+                obs, actions = agent.tensor(episode.obs), torch.stack([*map(agent.tensor, plan)])
                 for steps in found:
                     noise = torch.randn(steps, groups, 20, agent.obs_size, generator=generator)
-                    expected = cem_mpc.imagine(agent.model, networks, obs, actions[:, :steps], noise, None, args.gamma)
+                    plans = actions[None, :steps]
+                    expected = cem_mpc.imagine(agent.model, networks, obs, plans, noise, None, args.gamma, [])
                     found[steps].append(expected.item() - real[min(steps, len(real)) - 1])
             _, _, terminated, truncated = episode.step(action)
             done = terminated or truncated

@@ -75,7 +75,7 @@ class Contestant:
 
 
 def our_contestant(given: bool = False) -> Contestant:
-    """cem_mpc.py; reward and termination are learned by networks of their own, or `given` as functions."""
+    """cem_mpc.py; reward and termination are learned, or `given` as functions."""
     args = cem_mpc.Args(
         ensemble_size=MEMBERS,
         num_elites=ELITES,
@@ -92,7 +92,7 @@ def our_contestant(given: bool = False) -> Contestant:
     )
     agent = cem_mpc.Agent(OBSERVATION_SPACE, ACTION_SPACE, args)
     if given:
-        agent.reward_fn, agent.termination_fn = reward, termination
+        agent.model.reward_fn, agent.model.termination_fn = reward, termination
     name = f"cem_mpc.py, reward and termination {'given' if given else 'learned'}"
     generator, obs = torch.Generator().manual_seed(0), np.zeros(OBS_SIZE, np.float32)
     contestant = Contestant(name, lambda: agent.plan(obs, None, generator)[0])

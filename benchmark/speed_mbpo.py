@@ -44,19 +44,21 @@ def our_work() -> tuple[Work, Work, Work]:
             agent.update_policy(batch)
         return count
 
-    columns = {name: agent.data.column(name).float() for name in ("obs", "action", "delta", "reward", "terminated")}
-    agent.model.set_scale(columns)
+    agent.model.set_scale(agent.data.columns())
+    seen, weight = torch.arange(ROWS), torch.ones(ROWS, 1)
+    batches = torch.randint(ROWS, (10, 2, args.ensemble_size, args.model_batch_size))
 
-    def update_model(count: int = 10) -> int:
-        for rows in torch.randint(ROWS, (count, args.ensemble_size, args.model_batch_size)):
-            loss = mbpo.ensemble_loss(agent.model, {name: c[rows] for name, c in columns.items()}, args.weight_decay)
+    def update_model() -> int:  # as `fit` makes them
+        for batch, other in batches:
+            drawn_rows = agent.data.columns(seen[other]) | {"weight": weight[other]}
+            loss, _ = mbpo.ensemble_loss(agent.model, agent.data.columns(batch), drawn_rows)
             agent.model_optimizer.zero_grad()
             loss.backward()
             agent.model_optimizer.step()
-        return count
+        return len(batches)
 
     def imagine() -> int:
-        obs = agent.data.obs[torch.randint(ROWS, (STARTS,))]
+        obs = agent.data.columns(torch.randint(ROWS, (STARTS,)))["obs"]
         return sum(len(rows["obs"]) for rows in agent.planner.imagine(obs, 1))
 
     return update_policy, update_model, imagine

@@ -4,10 +4,12 @@ python dreamer.py --env-id benchmark.tasks:Catch-v0 --image-size 0 --warmup 1000
 python dreamer.py --env-id benchmark.tasks:Recall-v0 --env-kwargs delay 3 --warmup 1000 --entropy-scale 3e-3
 
 The games of MinAtar (`pip install minatar`) can be had by this module, too, as they are registered by a call only, and
-the tasks of dm_control (`pip install shimmy "mujoco<4" dm_control`), with actions that are repeated:
+the tasks of dm_control (`pip install shimmy "mujoco<4" dm_control`), with actions that are repeated, and observations
+in one vector where a script wants that:
 
 python muzero.py --env-id benchmark.tasks:MinAtar/Breakout-v1
 python dreamer.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task reacher-easy repeat 2
+python cem_mpc.py --env-id benchmark.tasks:DMControl-v0 --env-kwargs task reacher-easy repeat 2 flat True
 """
 
 import contextlib
@@ -101,11 +103,15 @@ class Repeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_dm_control(task: str = "reacher-easy", repeat: int = 2, render_mode: str | None = None) -> gym.Env:
-    """A task of dm_control, by its name in Shimmy; an episode is 1,000 steps of its own."""
+def make_dm_control(
+    task: str = "reacher-easy", repeat: int = 2, flat: bool = False, render_mode: str | None = None
+) -> gym.Env:
+    """A task of dm_control, by its name in Shimmy; an episode is 1,000 steps of its own. `flat`: observations are one
+    vector in single precision, and not a Dict."""
     importlib.import_module("shimmy")  # it registers them
     drawing = {"render_mode": render_mode} if render_mode else {}
-    return Repeat(gym.make(f"dm_control/{task}-v0", **drawing), repeat)
+    env = Repeat(gym.make(f"dm_control/{task}-v0", **drawing), repeat)
+    return gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32) if flat else env
 
 
 for _name, _class in (("Catch-v0", Catch), ("Recall-v0", Recall), ("DMControl-v0", make_dm_control)):

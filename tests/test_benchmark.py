@@ -448,9 +448,7 @@ def test_runs_with_settings_by_environment_are_found(folder, monkeypatch, capsys
 
 def test_errors_of_a_model(tmp_path: Path):
     args = cem_mpc.Args(total_timesteps=150, learning_starts=100, population=4, num_best=2, iterations=1, horizon=2)
-    cem_mpc.train(
-        dataclasses.replace(args, run_dir=str(tmp_path), eval_episodes=1, max_updates=20, hidden=(16, 16, 16))
-    )
+    cem_mpc.train(dataclasses.replace(args, run_dir=str(tmp_path), eval_episodes=1, max_updates=20, hidden=(16, 16)))
     (run_folder,) = tmp_path.iterdir()
     agent, episodes = model_error.fresh_episodes(run_folder, 1)
     assert [(len(obs), len(action)) for obs, action in episodes] == [(201, 200)] * 2
@@ -512,7 +510,7 @@ def test_optimism_is_what_the_model_expects_too_much(tmp_path: Path, monkeypatch
     # From the second step on; that the time is up after 5 does not count, that the episode ends after 7 does.
     assert model_error.returns_of(env, [np.zeros(1)] * 9, 0.5) == [2, 3.5, 4.5, 5.125, 5.5, 5.71875]
     args = cem_mpc.Args("Slope-v0", total_timesteps=20, learning_starts=20, population=4, num_best=2, horizon=10)
-    args = dataclasses.replace(args, run_dir=str(tmp_path), iterations=1, max_updates=2, hidden=(8, 8, 8))
+    args = dataclasses.replace(args, run_dir=str(tmp_path), iterations=1, max_updates=2, hidden=(8, 8))
     cem_mpc.train(dataclasses.replace(args, gamma=0.5, eval_episodes=1))
     (run_folder,) = tmp_path.iterdir()
     monkeypatch.setattr(cem_mpc, "imagine", lambda *args, **_: 100.0 * args[3].shape[1] * torch.ones(len(args[3])))
@@ -635,6 +633,36 @@ def test_repeated_actions_add_their_rewards_up_to_the_end_of_the_episode():
     env.reset(seed=0)
     found = [env.step(step % 2)[1:4] for step in range(3)]
     assert found == [(2.0, False, False), (2.0, False, False), (1.0, False, True)]
+
+
+class Parts(gym.Env):
+    """Observations as those of dm_control: a Dict of vectors and scalars in double precision."""
+
+    observation_space = gym.spaces.Dict(
+        {"height": gym.spaces.Box(-9, 9, (), np.float64), "velocity": gym.spaces.Box(-9, 9, (2,), np.float64)}
+    )
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        return {"height": np.float64(1 / 3), "velocity": np.array([2.0, 3.0])}, {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        return {"height": np.float64(4.0), "velocity": np.array([5.0, 6.0])}, 1.0, False, False, {}
+
+
+gym.register("dm_control/parts-v0", entry_point=Parts)
+
+
+def test_an_observation_of_parts_is_one_vector_where_that_is_wanted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shimmy", tasks)  # which need not be installed
+    env = gym.make("benchmark.tasks:DMControl-v0", task="parts", repeat=2, flat=True)
+    space, (obs, _) = env.observation_space, env.reset(seed=0)
+    assert (type(space), space.shape, space.dtype, obs.dtype) == (gym.spaces.Box, (3,), np.float32, np.float32)
+    assert obs.tolist() == [np.float32(1 / 3), 2.0, 3.0]
+    next_obs, reward, *_ = env.step(np.zeros(1, np.float32))
+    assert (next_obs.tolist(), reward) == ([4.0, 5.0, 6.0], 2.0)
+    assert isinstance(gym.make("benchmark.tasks:DMControl-v0", task="parts").observation_space, gym.spaces.Dict)
 
 
 def test_a_run_counts_wherever_it_was_made(folder):
