@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 Layers = list[Tensor]  # of G networks: weight (G, in, out), bias (G, 1, out), weight, bias, ...
 
 
-def networks(count: int, sizes: Sequence[int], generator: torch.Generator) -> nn.ParameterList:
+def new_layers(count: int, sizes: Sequence[int], generator: torch.Generator) -> nn.ParameterList:
     """The layers of `count` networks, with the initial weights of the authors' code of PETS and MBPO."""
     layers = nn.ParameterList()
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -200,8 +200,8 @@ class Ensemble(nn.Module):
     def __init__(self, obs_size: int, action_size: int, args: Args, generator: torch.Generator):
         super().__init__()
         members, device = args.ensemble_size, generator.device
-        self.dynamics = networks(members, (obs_size + action_size, *args.hidden, 2 * obs_size), generator)
-        self.outcome = networks(members, (obs_size + action_size + obs_size, 64, 64, 2), generator)
+        self.dynamics = new_layers(members, (obs_size + action_size, *args.hidden, 2 * obs_size), generator)
+        self.outcome = new_layers(members, (obs_size + action_size + obs_size, 64, 64, 2), generator)
         self.max_logvar = nn.Parameter(torch.full((obs_size,), 0.5, device=device))
         self.min_logvar = nn.Parameter(torch.full((obs_size,), -10.0, device=device))
         self.sizes = {"obs": obs_size, "action": action_size, "delta": obs_size, "reward": 1, "terminated": 1}
@@ -242,23 +242,23 @@ class Ensemble(nn.Module):
         mean, logvar = self.gaussian(obs, action, dynamics)
         return mean * self.delta_std + self.delta_mean, (0.5 * logvar).exp() * self.delta_std
 
-    def judge(self, delta: Tensor, action: Tensor, next_obs: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
-        """Steps (G, B, size) -> standardised reward and logit of termination (G, B, 1). The logit starts from that of
-        the share of terminations in the data."""
-        x = [self.standardise("delta", delta), self.standardise("action", action), self.standardise("obs", next_obs)]
-        reward, logit = mlp(torch.cat(x, dim=-1), outcome).chunk(2, dim=-1)
+    def judge(self, obs: Tensor, action: Tensor, delta: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
+        """Steps (G, B, size) -> standardised reward and logit of termination (G, B, 1): what the network says is added
+        to the logit of the share of terminations in the data."""
+        parts = {"delta": delta, "action": action, "obs": obs + delta}
+        x = torch.cat([self.standardise(name, part) for name, part in parts.items()], dim=-1)
+        reward, logit = mlp(x, outcome).chunk(2, dim=-1)
         return reward, logit + self.terminated_mean.logit(eps=1e-6)
 
     def reward_and_end(self, obs: Tensor, action: Tensor, delta: Tensor, outcome: Layers) -> tuple[Tensor, Tensor]:
         """Steps (G, B, size) -> rewards, and probabilities that the episode ends with the step, (G, B)."""
-        next_obs = obs + delta
         if self.reward_fn is None or self.termination_fn is None:
-            reward, logit = self.judge(delta, action, next_obs, outcome)
+            reward, logit = self.judge(obs, action, delta, outcome)
             reward, end = (reward * self.reward_std + self.reward_mean).squeeze(-1), logit.sigmoid().squeeze(-1)
         if self.reward_fn is not None:
-            reward = self.reward_fn(obs, action, next_obs).view(obs.shape[:-1])
+            reward = self.reward_fn(obs, action, obs + delta).view(obs.shape[:-1])
         if self.termination_fn is not None:
-            end = self.termination_fn(obs, action, next_obs).view(obs.shape[:-1]).float()
+            end = self.termination_fn(obs, action, obs + delta).view(obs.shape[:-1]).float()
         return reward, end
 
 
@@ -272,7 +272,7 @@ def dynamics_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
 def outcome_losses(model: Ensemble, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The same for the squared error of the reward and the cross-entropy of termination, each row with its `weight`."""
-    reward, logit = model.judge(batch["delta"], batch["action"], batch["obs"] + batch["delta"], list(model.outcome))
+    reward, logit = model.judge(batch["obs"], batch["action"], batch["delta"], list(model.outcome))
     squared = (reward - model.standardise("reward", batch["reward"])) ** 2
     cross_entropy = F.binary_cross_entropy_with_logits(logit, batch["terminated"], reduction="none")
     return (batch["weight"] * squared).mean((1, 2)), (batch["weight"] * cross_entropy).mean((1, 2))
@@ -315,12 +315,11 @@ def fit(
     unusual = sum(model.standardise(name, train[name]).abs()[:, 0] for name in ("reward", "terminated"))  # (N,)
     density = 1 + unusual / unusual.mean().clamp_min(1e-9)
     weight = density.mean() / density[:, None]
-
     batch_size = min(args.model_batch_size, max(32, size // 16), size)
     batches = min(size // batch_size, args.max_updates)  # in an epoch
     # The bootstrap: every dynamics network has rows of its own, drawn with replacement.
     rows = seen[torch.randint(size, (members, batches * batch_size), generator=generator, device=device)]
-    best, lowest, best_layers, stale, updates = math.inf, math.inf, copy.deepcopy(model.dynamics), 0, 0
+    best_error, best_loss, best_layers, stale, updates = math.inf, math.inf, copy.deepcopy(model.dynamics), 0, 0
     while stale <= args.patience and updates < args.max_updates:
         shuffled = rows.gather(1, torch.rand(rows.shape, generator=generator, device=device).argsort(1))
         drawn = density.multinomial(rows.numel(), replacement=True, generator=generator).view_as(rows)
@@ -335,16 +334,16 @@ def fit(
         updates += batches
         with torch.no_grad():
             error = dynamics_losses(model, holdout)[1]  # (E,)
-            improved, fell = error < 0.99 * best, outcome_loss < 0.97 * lowest
-            best, lowest = torch.where(improved, error, best), torch.where(fell, outcome_loss, lowest)
+            improved, fell = error < 0.99 * best_error, outcome_loss < 0.97 * best_loss  # the latter is noisier
+            best_error, best_loss = torch.where(improved, error, best_error), torch.where(fell, outcome_loss, best_loss)
             for best_layer, layer in zip(best_layers, model.dynamics, strict=True):
                 best_layer[improved] = layer[improved]
         stale = 0 if improved.any() or fell else stale + 1
 
     model.dynamics.load_state_dict(best_layers.state_dict())
-    model.elites.copy_(best.argsort()[: len(model.elites)])
-    logs = {"model/holdout_mse": best.mean().item(), "model/updates": float(updates)}
-    return logs | {"losses/model_loss": loss.item(), "losses/outcome_loss": lowest.item()}
+    model.elites.copy_(best_error.argsort()[: len(model.elites)])
+    logs = {"model/holdout_mse": best_error.mean().item(), "model/updates": float(updates)}
+    return logs | {"losses/model_loss": loss.item() / members, "losses/outcome_loss": best_loss.item()}
 
 
 class Buffer:
@@ -358,7 +357,6 @@ class Buffer:
         return dict(zip(self.widths, self.table[: self.size][rows].split(list(self.widths.values()), -1), strict=True))
 
     def add(self, **row: Any) -> None:
-        """Appends a step."""
         if self.size == len(self.table):
             self.table = torch.cat([self.table, torch.zeros_like(self.table)])
         self.size += 1
@@ -989,10 +987,8 @@ def compiled(function: Callable, wanted: bool) -> Callable:
 
 def load_function(name: str | None) -> Callable | None:
     """The function named as `module:function`."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    module, _, function = (name or "").partition(":")
+    return getattr(importlib.import_module(module), function) if name else None
 
 
 def in_units(

@@ -265,7 +265,7 @@ DECLARED = (
         name="inverted_pendulum",
         title="InvertedPendulum-v5",
         entries=(
-            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 5, "--eval-every 2000"),
+            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 3, "--eval-every 2000"),
             Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
             Entry(
                 "without model, 10 updates a step",
@@ -339,7 +339,7 @@ DECLARED = (
         name="cart_pole",
         title="CartPole-v1",
         entries=(
-            Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 5, "--eval-every 500"),
+            Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 3, "--eval-every 500"),
             MUZERO_CART_POLE,
             DREAMER_CART_POLE,
             Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
@@ -353,13 +353,13 @@ DECLARED = (
         name="acrobot",
         title="Acrobot-v1",
         entries=(
-            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 5, "--eval-every 500 --eval-episodes 5"),
+            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 3, "--eval-every 500 --eval-episodes 5"),
             Entry(
                 "PETS without a value",
                 "cem_mpc.py",
                 "Acrobot-v1",
                 2_000,
-                5,
+                3,
                 "--eval-every 500 --eval-episodes 5 --no-terminal-value",
             ),
             Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
