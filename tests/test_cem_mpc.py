@@ -403,13 +403,24 @@ def test_value_learns_what_a_state_is_worth(monkeypatch):
     model.termination_fn = lambda obs, action, after: after[..., 0] + action[..., 0] >= obs[..., 0] * 0 + 20
     layers, loss = cem_mpc.fit_value(model, data, 0.9, generator(1))
     found = value(layers, model.standardise("obs", torch.arange(20.0)[:, None]))
-    assert (found - (1 - 0.9 ** (20 - torch.arange(20.0))) / 0.1).abs().max() < 0.1
+    assert (found - (1 - 0.9 ** (20 - torch.arange(20.0))) / 0.1).abs().max() < 0.2
     assert 0 < loss < 0.001
     assert [len(layer) for layer in layers] == [5] * 6
     assert not any(layer.requires_grad for layer in layers)
     (*_, weight, bias), wanted = seen[-2:]  # of standardised returns, in the last round
     folded = weight * wanted.std(correction=0), bias * wanted.std(correction=0) + wanted.mean()
     assert_close(tuple(layers[-2:]), folded)
+
+
+def test_value_follows_the_best_that_was_done_in_a_state():
+    """Steps that end at once, half of them with a reward of 1 and half with 0: an expectile of 0.9 is 0.9."""
+    model, reward = Ensemble(1, 1, small_args(), generator()), (torch.arange(200.0) % 2)
+    ends = {"terminated": reward * 0 + 1, "last": reward * 0 + 1}
+    data = buffer(obs=torch.linspace(-1, 1, 200), action=reward * 0, delta=reward, reward=reward, **ends)
+    model.set_scale(data.columns())
+    layers, _ = cem_mpc.fit_value(model, data, 0.9, generator(1))
+    found = cem_mpc.pessimistic_value(layers, model.standardise("obs", torch.linspace(-0.5, 0.5, 5)[:, None]))
+    assert ((found > 0.6) & (found < 1)).all()
 
 
 # --- trajectory sampling --------------------------------------------------------------------------------------------
@@ -612,8 +623,8 @@ def test_what_is_imagined_is_by_the_elites_with_noise_and_actions_in_the_environ
     monkeypatch.setattr(cem_mpc, "imagine", lambda *args: seen.append(args) or torch.arange(200.0))
     agent.planner = lambda score, *_: score(plans).new_zeros(1, 3, 2)
     plans = torch.rand(200, 3, 2, generator=generator()) * 2 - 1
-    assert agent.greedy_policy(0)(np.arange(3)).tolist() == [-1.0, 2.5]
-    ((model, networks, obs, actions, noise, permutations, gamma, value),) = seen
+    assert [agent.greedy_policy(seed)(np.arange(3)).tolist() for seed in (0, 1)] == [[-1.0, 2.5]] * 2
+    (model, networks, obs, actions, noise, permutations, gamma, value), other = seen
     assert model is agent.model
     assert_close(networks, tuple([layer[[3, 1]] for layer in part] for part in (model.dynamics, model.outcome)))
     assert (obs.tolist(), gamma) == ([0.0, 1.0, 2.0], 0.9)
@@ -621,10 +632,10 @@ def test_what_is_imagined_is_by_the_elites_with_noise_and_actions_in_the_environ
     assert_close(actions, plans * torch.tensor([2.0, 2.5]) + torch.tensor([-1.0, 2.5]))
     assert noise.shape == (3, 2, 600, 3)
     assert (abs(noise.mean()) < 0.05, abs(noise.std() - 1) < 0.05) == (True, True)
+    assert not torch.equal(noise, other[4])
     assert (permutations is None) == (sampling == "tsinf")
     if sampling == "ts1":
         assert torch.equal(permutations.sort(1).values, torch.arange(2)[:, None].expand(3, 2, 600))
-        assert permutations.float().mean((1, 2)).tolist() == [0.5] * 3
         assert 0.4 < permutations[:, 0].float().mean() < 0.6
 
 
@@ -764,6 +775,7 @@ def test_actions_have_the_range_type_and_shape_of_the_environments():
     assert all(space.contains(action) for action in actions)
     np.testing.assert_allclose(actions.min(0), [[-1, -1]], atol=0.05)
     np.testing.assert_allclose(actions.max(0), [[1, 3.3]], atol=0.05)
+    assert (new_agent(PENDULUM[0], space, seed=2).act(np.zeros(3)) != actions[0]).all()
     for end in (-1.0, 1.0):  # in single precision 3.3 is above 3.3
         assert space.contains(agent.to_env(torch.full((2,), end)))
 
@@ -787,9 +799,19 @@ def saved(run: Path) -> dict:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A run of 80 steps to start from."""
-    cem_mpc.train(small_args(run_dir=str(tmp_path / "source"), total_timesteps=80, eval_episodes=1))
+    """A run of 80 steps, in episodes of 30, to start from."""
+    limit = {"env_kwargs": {"max_episode_steps": 30}}
+    cem_mpc.train(small_args(run_dir=str(tmp_path / "source"), total_timesteps=80, eval_episodes=1, **limit))
     return only_run(tmp_path / "source")
+
+
+def test_every_step_is_stored_from_where_it_led_and_a_truncation_is_no_end(source):
+    data = cem_mpc.load(source).data.columns()
+    goes_on = torch.arange(79) % 30 < 29
+    assert torch.equal(data["last"][:79, 0] == 0, goes_on)
+    assert not data["terminated"].any()
+    after = (data["obs"] + data["delta"])[:79]
+    assert torch.equal((after - data["obs"][1:]).abs().amax(1) < 1e-5, goes_on)
 
 
 def test_init_from_takes_model_and_data_of_another_run_and_learns_the_value_anew(source, tmp_path, monkeypatch):
