@@ -26,7 +26,7 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
     - Rewards and terminations are learned, so that an environment is all that is needed; an end counts by its
       probability. (Theirs are given, and observations are prepared for the task.) Actions may be Discrete.
     - By default a search imagines 960 sequences for an action, counting particles, and not 40,000.
-    - Targets are standardised like inputs. Trainings stop early, by a hold-out set (MBPO, Janner et al. 2019).
+    - Targets are standardised like inputs. Trainings stop early, by a hold-out set for the dynamics (MBPO).
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value,
       pessimistic where it is not sure, is added at its end: `--terminal-value`.
 
@@ -258,7 +258,7 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Te
 
 def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
     """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's). The outcome
-    networks, which must fit what is rare in few updates, take larger steps."""
+    networks, which must fit what is rare in few updates, take larger steps; their biases decay as well."""
     decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
     groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
     groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
@@ -873,8 +873,8 @@ def check(observation_space: gym.Space, action_space: gym.Space, args: Args) -> 
         raise Failure(f"--planner must be cem for {action_space}")
     if args.particles % args.num_elites:
         raise Failure(f"--particles must be a multiple of --num-elites, which is {args.num_elites}")
-    if len(args.weight_decay) != len(args.hidden) + 1:
-        raise Failure("--weight-decay needs one value more than --hidden")
+    if len(args.weight_decay) != len(args.hidden) + 1 or min(args.hidden, default=1) < 1:
+        raise Failure("--weight-decay needs one value more than --hidden, whose values must be at least 1")
 
 
 def load_function(name: str | None) -> Callable | None:

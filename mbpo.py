@@ -288,7 +288,7 @@ def ensemble_loss(model: Ensemble, batch: dict[str, Tensor], drawn: dict[str, Te
 
 def ensemble_optimizer(model: Ensemble, args: Args) -> torch.optim.Optimizer:
     """Adam, with a decay that adds half the factor times the squared weights to the loss (unlike AdamW's). The outcome
-    networks, which must fit what is rare in few updates, take larger steps."""
+    networks, which must fit what is rare in few updates, take larger steps; their biases decay as well."""
     decays = zip(model.dynamics[::2], args.weight_decay, strict=True)
     groups = [{"params": [weight], "weight_decay": factor} for weight, factor in decays]
     groups += [{"params": [*model.dynamics[1::2], model.max_logvar, model.min_logvar]}]
