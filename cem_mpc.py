@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15},
     "Acrobot-v1": {"total_timesteps": 2_000, "terminal_value": True},
     "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "eval_every": 2_000, "planner": "icem"}
-    | {"noise_beta": 0.5, "horizon": 10, "population": 100, "iterations": 4},
+    | {"noise_beta": 0.5, "horizon": 15, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
 
