@@ -25,7 +25,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 ROOT = Path(__file__).parent.parent
 TABULAR = ["dyna_q", "dyna_q_plus"]
-NEURAL = ["cem_mpc", "mbpo", "muzero", "dreamer"]
+NEURAL = ["cem_mpc", "mbpo", "muzero", "dreamer", "td_mpc2"]
 SCRIPTS = TABULAR + NEURAL
 TINY = {  # arguments with which a script takes milliseconds a step
     "cem_mpc": "--hidden 16 16 --weight-decay 0 1e-5 1e-4 --population 8 --num-best 3 --iterations 2 --horizon 3"
@@ -36,8 +36,9 @@ TINY = {  # arguments with which a script takes milliseconds a step
     " --updates-per-step 0.1 --support 5",
     "dreamer": "--num-envs 2 --batch-size 2 --batch-length 4 --learning-starts 30 --train-ratio 1 --replay-size 2000"
     " --horizon 3 --imagination-starts 3",
+    "td_mpc2": "--learning-starts 30 --horizon 2 --updates-per-step 0.1",
 }
-CORRIDOR = {"cem_mpc": "BoxCorridor-v0", "mbpo": "BoxCorridor-v0"}  # where it is not Corridor-v0
+CORRIDOR = dict.fromkeys(("cem_mpc", "mbpo", "td_mpc2"), "BoxCorridor-v0")  # where it is not Corridor-v0
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

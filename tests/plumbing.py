@@ -29,6 +29,7 @@ SCRIPTS = {
     "mbpo": NEURAL | {"algorithm": "MBPO"},
     "muzero": ATARI | {"algorithm": "MuZero"},
     "dreamer": ATARI | {"algorithm": "Dreamer"},
+    "td_mpc2": NEURAL | {"algorithm": "TD-MPC2"},
 }
 
 
