@@ -5,7 +5,7 @@
     python -m benchmark collect SUITE   TensorBoard events -> benchmark/results/SUITE.csv
     python -m benchmark plot SUITE      benchmark/results/SUITE.csv -> benchmark/results/SUITE.svg
     python -m benchmark report          all CSV files -> the tables of the README.md files
-    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero or dreamer is
+    python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero, dreamer or td_mpc2 is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
     python -m benchmark play RUN        play against it yourself
 
@@ -29,7 +29,7 @@ from .suites import RESULTS, SUITES, Incomplete, Suite
 
 HELP = f"One of {', '.join(SUITES)}; or every, for all of them."
 SuiteName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUITE", help=HELP)]
-Script = Annotated[Literal["dyna_q", "cem_mpc", "mbpo", "muzero", "dreamer"], tyro.conf.Positional]
+Script = Annotated[Literal["dyna_q", "cem_mpc", "mbpo", "muzero", "dreamer", "td_mpc2"], tyro.conf.Positional]
 Workers = Annotated[int, tyro.conf.arg(help="How many runs to make side by side, one thread each.")]
 
 

@@ -138,8 +138,30 @@ def rate(work: Work, seconds: float = 2.0) -> float:
     return amount / elapsed
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def compare(rows: dict[str, dict[str, Work]], rounds: int) -> str:
+    """Markdown table of the medians of each row's contestants, the script first; in brackets how many times as much
+    the script does."""
+    script = next(iter(next(iter(rows.values()))))
+    lines = [f"| medians of {rounds} rounds, per second | {script} | other |", "|---|---|---|"]
+    for name, contestants in rows.items():
+        rates = {contestant: [] for contestant in contestants}
+        for _ in range(rounds):
+            for contestant, work in contestants.items():
+                rates[contestant].append(rate(work))
+        ours, *others = rates.values()
+        cells = [
+            f"{other}: {number(median(values))} ({median(a / b for a, b in zip(ours, values, strict=True)):.2f}x)"
+            for other, values in zip([*rates][1:], others, strict=True)
+        ]
+        lines.append(f"| {name} | {number(median(ours))} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def measure(peer: Path | None, rounds: int) -> str:
-    """Markdown table of the medians; in brackets how many times as much mbpo.py does."""
     torch.set_num_threads(1)
     policy, model, imagine = our_work()
     rows = {"updates of the actor-critic": {"mbpo.py": policy}}
@@ -148,16 +170,4 @@ def measure(peer: Path | None, rounds: int) -> str:
         rows["updates of the actor-critic"]["Stable-Baselines3"] = stable_baselines_work()
     if peer:
         rows["updates of the ensemble"]["mbrl-lib"], rows["imagined transitions"]["mbrl-lib"] = mbrl_work(peer)
-    lines = [f"| medians of {rounds} rounds, per second | mbpo.py | other |", "|---|---|---|"]
-    for name, contestants in rows.items():
-        rates = {contestant: [] for contestant in contestants}
-        for _ in range(rounds):
-            for contestant, work in contestants.items():
-                rates[contestant].append(rate(work))
-        ours, *others = rates.values()
-        cells = [
-            f"{other}: {median(values):,.0f} ({median(a / b for a, b in zip(ours, values, strict=True)):.2f}x)"
-            for other, values in zip([*rates][1:], others, strict=True)
-        ]
-        lines.append(f"| {name} | {median(ours):,.0f} | {', '.join(cells)} |")
-    return "\n".join(lines)
+    return compare(rows, rounds)
