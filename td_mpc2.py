@@ -6,25 +6,32 @@
 """TD-MPC2: plan a few steps ahead in a latent space, and let a learned value say what comes after.
 
 An encoder turns an observation into a latent state; the model predicts the next latent state and the reward of an
-action, and never the observation itself. At every step the planner (MPPI) improves sequences of actions, a part of
-which the policy proposes, by what the model says of their rewards and an ensemble of Q-functions of the rest.
+action, and never the observation itself. At every step the planner (MPPI) searches for a good sequence of H actions: it
+draws sequences around a mean, takes some more from the policy, scores each by the rewards that the model predicts and
+the value of the state where it ends, moves the mean to the best ones, and repeats.
 
 The algorithm (Hansen et al. 2024, "TD-MPC2: Scalable, Robust World Models for Continuous Control"):
 
     for each step of the environment:
-        Encode the observation; act by the planner; add the step to the buffer
+        Act by the planner, whose mean starts from the last plan, one step on; add the step to the buffer
         for each update:
-            Draw B slices of H + 1 successive observations
-            TD targets: r + gamma * min over 2 of the target Qs, at the next latent state and the policy's action
-            Roll the model out from the first latent state along the actions; at each of its states: the error to the
-                next encoded observation, the errors of reward and Qs in bins; weighted by rho^t
-            Policy: the mean of 2 Qs at its actions, in units of their spread, plus entropy
+            Draw B slices of H + 1 successive observations o, with the actions a and rewards r between them
+            Targets: y_t = r_t + gamma * min of 2 target Qs at the encoded o_{t+1} and the policy's action there
+            Latent states: z_0 = encoder(o_0), z_{t+1} = dynamics(z_t, a_t)
+            Model loss, at each t weighted by rho^t: 20 times the squared error of z_{t+1} to the encoded o_{t+1},
+                and 0.1 times the cross-entropies of reward and Qs at (z_t, a_t) to r_t and y_t, in bins
+            Policy loss, weighted likewise: minus the mean of 2 Qs at (z_t, the policy's action) in units of their
+                range, and minus 1e-4 times the entropy; this trains the policy alone
             Target Qs: a step towards the Qs
 
 It is as the authors' code has it, nicklashansen/tdmpc2 (commit e9f5932), for a single task with vectors. What differs:
 
-    - The default is a model of 72,000 parameters that learns on a laptop; `--model-size 5` is theirs.
-    - Slices are drawn uniformly over all steps, and from the running episode too (theirs: an episode, then a start).
+    - The default is a model of 81,000 parameters that learns on a laptop. `--model-size 5` has the authors' widths,
+      batch and planner; they make more random steps (5 episodes, at least 1,000) before they learn.
+    - Terminations are learned and planned with (theirs: if asked for, called experimental).
+    - On Gymnasium's MuJoCo tasks theirs has rho 0.7 and a discount of at most 0.99; here all tasks have 0.5 and 0.995.
+    - Slices are drawn uniformly over all steps, and from the running episode too (theirs: an episode, then a start; of
+      the last million steps). Episodes shorter than H steps are not learned from, as in theirs.
     - A plan whose value is not a number counts as the worst (theirs: as 0).
     - Actions are scaled to [-1, 1] from any bounds (theirs: in dm_control only).
 """
@@ -77,7 +84,7 @@ class Args:
     evaluate: str | None = None  # run folder whose agent to evaluate, without learning
     capture_video: bool = False  # record the first episode of each evaluation as a GIF in the run folder
 
-    model_size: Literal["nano", "1", "5", "19", "48"] = "nano"  # millions of parameters, and the settings that go along
+    model_size: Literal["nano", "1", "5", "19", "48"] = "nano"  # millions of parameters; SIZES has what goes along
     learning_starts: int = 400  # random steps, then as many updates at once (TD-MPC2: 5 episodes, at least 1,000)
     updates_per_step: float = 1.0  # updates of all networks per environment step (TD-MPC2: 1)
     gamma: float | None = None  # discount factor; None: by the length of an episode, from 0.95 to 0.995 (TD-MPC2)
@@ -89,8 +96,8 @@ class Args:
     plan: bool = True  # act by the planner; --no-plan: by the policy alone
     horizon: int = 3  # steps planned ahead, and steps of the model's rollouts in training (TD-MPC2: 3)
     min_std: float = 0.05  # least standard deviation of the planner's samples (TD-MPC2: 0.05)
-    max_std: float = 2.0  # the largest, which a plan begins with (TD-MPC2: 2)
-    temperature: float = 0.5  # of the elites' weights exp(temperature * value) (TD-MPC2: 0.5)
+    max_std: float = 2.0  # largest standard deviation, and the first of a plan (TD-MPC2: 2)
+    temperature: float = 0.5  # elites weigh exp(temperature * value) (TD-MPC2: 0.5)
 
     def __post_init__(self):
         share, positive = (0, 1), (1e-9, math.inf)
@@ -104,19 +111,19 @@ class Args:
 
 @dataclass
 class Size:
-    """What goes with a size of the model. All but the first are the authors'."""
+    """What goes with a size of the model. All but the first are the authors'; they count the encoder's last layer."""
 
     encoder: int  # units of the encoder's hidden layers
     hidden: int  # units of the hidden layers of all other networks
     latent: int  # size of a latent state
     encoder_layers: int  # hidden layers of the encoder
-    num_q: int
+    num_q: int  # Q-functions, two of which are drawn where a value is needed
     batch: int = 256  # slices of an update
     learning_rate: float = 3e-4  # the encoder's is 0.3 times as large
     samples: int = 512  # sequences of an iteration of the planner
-    elites: int = 64  # sequences to which it moves
+    elites: int = 64  # best sequences, to which mean and deviation move
     proposals: int = 24  # sequences that the policy proposes
-    iterations: int = 6
+    iterations: int = 6  # of the planner
 
 
 SIZES = {
@@ -132,63 +139,42 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# Dimensions of the tensors: H horizon, B slices of a batch, L latent, A action_size, N sequences of the planner.
-class Mish(torch.autograd.Function):
-    """x * tanh(softplus(x)), with a single exponential: tanh(log(1 + e)) = n / (n + 2) where n = e * (e + 2)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        e = x.clamp(max=20).exp_()  # from there on it is x, in single precision
-        n = torch.addcmul(e, e, e).add_(e)
-        tanh = n / (n + 2)
-        ctx.save_for_backward(x, e, n, tanh)
-        return x * tanh
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        x, e, n, tanh = ctx.saved_tensors
-        slope = torch.addcmul(e, e, e).mul_(4).div_((n + 2).square_())  # of tanh: 4 e (e + 1) / (n + 2)^2
-        return slope.mul_(x).add_(tanh).mul_(gradient)
+# Dimensions of the tensors: H horizon, B slices of a batch, L latent, A action_size; of the planner: N sequences, P of
+# them proposed by the policy, K elites.
 
 
-class SimNorm(torch.autograd.Function):
-    """Softmax over groups of 8 (simplicial normalisation). PyTorch's own is ten times as slow over so few."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        e = (x - x.amax(-1, keepdim=True)).exp_().view(-1, 8)
-        y = (e / (e @ e.new_ones(8, 1))).view(x.shape)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        gradient = (gradient * y).view(-1, 8)
-        return (gradient - y.view(-1, 8) * (gradient @ y.new_ones(8, 1))).view(y.shape)
+def simnorm(x: Tensor) -> Tensor:
+    """Softmax over groups of 8: each group of a latent state is a probability distribution."""
+    return x.unflatten(-1, (-1, 8)).softmax(-1).flatten(-2)
 
 
 class NormedLinear(nn.Linear):
     """Linear, dropout, LayerNorm, activation."""
 
-    def __init__(self, fan_in: int, fan_out: int, activation: type, generator: torch.Generator, dropout: float = 0.0):
+    def __init__(self, fan_in: int, fan_out: int, activation: Callable, generator: torch.Generator, dropout: float = 0):
         super().__init__(fan_in, fan_out, device=generator.device)
         self.norm = nn.LayerNorm(fan_out, device=generator.device)
         self.activation, self.dropout, self.generator = activation, dropout, generator
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        if self.dropout and self.training:  # drawn positions, which is cheaper than to draw for every number
-            count, drawn = int(self.dropout * x.numel()), {"generator": self.generator, "device": x.device}
-            mask = torch.full((x.numel(),), 1 / (1 - self.dropout), device=x.device)
-            x = x * mask.index_fill_(0, torch.randint(x.numel(), (count,), **drawn), 0.0).view(x.shape)
-        return self.activation.apply(self.norm(x))
+        if self.dropout and self.training:
+            kept = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.dropout
+            x = x * kept / (1 - self.dropout)
+        return self.activation(self.norm(x))
 
 
-def mlp(sizes: Sequence[int], generator: torch.Generator, last: type | None = None, dropout: float = 0.0, zero=False):
-    """Normed layers with Mish, and a last one that is linear, or normed with the activation `last`."""
+def mlp(
+    sizes: Sequence[int],
+    generator: torch.Generator,
+    last: Callable | None = None,
+    dropout: float = 0,
+    zero: bool = False,
+) -> nn.Sequential:
+    """Normed layers with Mish, dropout in the first, and a last one that is linear, or normed with the activation
+    `last`. `zero`: its weights, so that what it says is 0 at first."""
     *pairs, final = itertools.pairwise(sizes)
-    layers = [NormedLinear(*pair, Mish, generator, dropout * (i == 0)) for i, pair in enumerate(pairs)]
+    layers = [NormedLinear(*pair, mish, generator, dropout if i == 0 else 0) for i, pair in enumerate(pairs)]
     layers += [NormedLinear(*final, last, generator) if last else nn.Linear(*final, device=generator.device)]
     for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)
@@ -206,12 +192,13 @@ def symexp(x: Tensor) -> Tensor:
     return x.sign() * x.abs().expm1()
 
 
-BINS, LARGEST = 101, 10.0  # bins of rewards and values: 101 over symlog values from -10 to 10
+BINS, LARGEST = 101, 10.0  # of rewards and values, evenly spaced over symlog values from -10 to 10
 
 
 def two_hot(x: Tensor) -> Tensor:
     """(..., 1) -> (..., BINS): the weights of the two bins beside symlog(x)."""
-    place = (symlog(x).clamp(-LARGEST, LARGEST) + LARGEST) / (2 * LARGEST / (BINS - 1))
+    width = 2 * LARGEST / (BINS - 1)
+    place = (symlog(x).clamp(-LARGEST, LARGEST) + LARGEST) / width
     lower = place.floor()
     index, weight = lower.long(), place - lower
     found = torch.zeros(*x.shape[:-1], BINS, device=x.device).scatter_(-1, index, 1 - weight)
@@ -224,38 +211,41 @@ def from_bins(logits: Tensor) -> Tensor:
 
 
 class WorldModel(nn.Module):
-    """Encoder, latent dynamics, reward, Qs, policy, and termination of the state that is reached."""
+    """Encoder, latent dynamics, reward, Qs, policy, and whether a latent state is terminal."""
 
     def __init__(self, obs_size: int, action_size: int, size: Size, episodic: bool, generator: torch.Generator):
         super().__init__()
         latent, hidden, both = size.latent, [size.hidden] * 2, size.latent + action_size
-        self.encoder = mlp([obs_size, *[size.encoder] * size.encoder_layers, latent], generator, last=SimNorm)
-        self.dynamics = mlp([both, *hidden, latent], generator, last=SimNorm)
+        self.encoder = mlp([obs_size, *[size.encoder] * size.encoder_layers, latent], generator, last=simnorm)
+        self.dynamics = mlp([both, *hidden, latent], generator, last=simnorm)
         self.reward = mlp([both, *hidden, BINS], generator, zero=True)
         self.policy = mlp([latent, *hidden, 2 * action_size], generator)
         self.termination = mlp([latent, *hidden, 1], generator) if episodic else None
         qs = [mlp([both, *hidden, BINS], generator, dropout=0.01, zero=True) for _ in range(size.num_q)]
-        self.qs = nn.ModuleList(qs).eval()  # they drop in the losses alone
+        self.qs = nn.ModuleList(qs).eval()  # dropout is on in the losses alone, not in targets and plans
         self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
 
-    def act(self, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latent states (..., L), standard normal noise (..., A) -> drawn action, its mean, log standard deviation."""
+    def pi(self, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy. Latent states (..., L), standard normal noise (..., A) -> an action drawn, the mean action, and
+        the log standard deviation before the tanh, (..., A)."""
         mean, log_std = self.policy(z).chunk(2, dim=-1)
         log_std = -10 + 6 * (log_std.tanh() + 1)  # from -10 to 2
         return (mean + noise * log_std.exp()).tanh(), mean.tanh(), log_std
 
 
 class Buffer:
-    """All real steps, in a table that doubles when it is full: each observation with the action that led there, the
-    reward, and whether it is terminal. An episode begins with an observation that no action led to."""
+    """All steps, in a table that doubles when it is full. A row holds an observation, and of the step that led to it
+    the action, the reward, and whether it terminated the episode; of an episode's first row these mean nothing."""
 
     def __init__(self, obs_size: int, action_size: int, horizon: int, device: torch.device):
         self.widths, self.horizon = (obs_size, action_size, 1, 1), horizon
-        self.table, self.ends = torch.zeros(1024, sum(self.widths), device=device), torch.zeros(1024, dtype=torch.int64)
-        self.size = self.num_ends = self.length = 0  # rows; those that a slice can end with; steps of the episode
+        self.table = torch.zeros(1024, sum(self.widths), device=device)
+        self.ends = torch.zeros(1024, dtype=torch.int64, device=device)  # rows that a slice can end with, as many fit
+        self.size = self.num_ends = 0  # rows; those that a slice can end with
+        self.length = 0  # steps of the episode so far
 
     def add(self, obs: Tensor, action: Tensor, reward: float, terminated: bool, first: bool) -> None:
-        """Appends an observation (obs_size,); `first`: of an episode."""
+        """Appends an observation (obs_size,) and the step that led to it; `first`: an episode begins with it."""
         if self.size == len(self.table):
             self.table, self.ends = (torch.cat([part, torch.zeros_like(part)]) for part in (self.table, self.ends))
         self.table[self.size] = torch.cat([obs, action, obs.new_tensor([reward, terminated])])
@@ -267,14 +257,15 @@ class Buffer:
 
     def sample(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Slices: obs (H + 1, B, obs_size); action (H, B, A), reward and terminated (H, B, 1) of the steps between."""
-        drawn = torch.randint(self.num_ends, (count,), generator=generator, device=self.table.device)
-        rows = self.ends.to(drawn.device)[drawn] - torch.arange(self.horizon, -1, -1, device=drawn.device)[:, None]
-        obs, *step = self.table[rows].split(self.widths, dim=-1)
-        return {"obs": obs} | dict(zip(("action", "reward", "terminated"), (part[1:] for part in step), strict=True))
+        device = self.table.device
+        ends = self.ends[torch.randint(self.num_ends, (count,), generator=generator, device=device)]
+        rows = ends + torch.arange(-self.horizon, 1, device=device)[:, None]  # (H + 1, B)
+        obs, action, reward, terminated = self.table[rows].split(self.widths, dim=-1)
+        return {"obs": obs, "action": action[1:], "reward": reward[1:], "terminated": terminated[1:]}
 
     def state_dict(self) -> dict:
-        plain = self.size, self.num_ends, self.length
-        return {"plain": plain, "table": self.table[: self.size].clone(), "ends": self.ends[: self.num_ends].clone()}
+        parts = {"table": self.table[: self.size].clone(), "ends": self.ends[: self.size].clone()}  # of equal length
+        return parts | {"plain": (self.size, self.num_ends, self.length)}
 
     def load_state_dict(self, state: dict) -> None:
         self.size, self.num_ends, self.length = state["plain"]
@@ -292,20 +283,21 @@ class Agent:
         self.observation_space, self.action_space = observation_space, action_space
         obs_size, self.action_size = gym.spaces.flatdim(observation_space), gym.spaces.flatdim(action_space)
         self.generator = torch.Generator(self.device).manual_seed(seed_of(args.seed, 0))
-        heuristic = min(max(1 - 5 / episode_length, 0.95), 0.995)
+        heuristic = min(max(1 - 5 / episode_length, 0.95), 0.995)  # the authors'
         self.gamma = heuristic if args.gamma is None else args.gamma
         self.model = model = WorldModel(obs_size, self.action_size, self.size, args.episodic, self.generator)
-        parts = [model.dynamics, model.reward, model.qs, *filter(None, [model.termination])]
-        groups = [{"params": list(model.encoder.parameters()), "lr": 0.3 * self.size.learning_rate}]
-        groups += [{"params": [parameter for part in parts for parameter in part.parameters()]}]
-        steps = {"lr": self.size.learning_rate, "fused": True, "capturable": self.device.type == "cuda"}
-        self.model_optimizer = torch.optim.Adam(groups, **steps)
-        self.policy_optimizer = torch.optim.Adam(model.policy.parameters(), eps=1e-5, **steps)
-        self.q_scale = torch.ones((), device=self.device)
+        others = [model.dynamics, model.reward, model.qs, *([model.termination] if args.episodic else [])]
+        groups = [{"params": model.encoder.parameters(), "lr": 0.3 * self.size.learning_rate}]
+        groups += [{"params": nn.ModuleList(others).parameters()}]
+        options = {"lr": self.size.learning_rate, "fused": True, "capturable": self.device.type == "cuda"}
+        self.model_optimizer = torch.optim.Adam(groups, **options)
+        self.policy_optimizer = torch.optim.Adam(model.policy.parameters(), eps=1e-5, **options)
+        self.q_range, self.percentiles = torch.ones((), device=self.device), torch.tensor([0.05, 0.95]).to(self.device)
         self.data = Buffer(obs_size, self.action_size, args.horizon, self.device)
-        self.mean = torch.zeros(args.horizon, self.action_size, device=self.device)  # of the last plan of the episode
-        self.steps, self.updates, self.begins, self.losses = 0, 0, True, {}  # begins: an episode, with the next step
-        self.recorded = Recorded(self.generator, args.compile)
+        self.plan_mean = torch.zeros(args.horizon, self.action_size, device=self.device)  # of the episode's last plan
+        self.steps, self.updates, self.losses = 0, 0, {}
+        self.begins = True  # an episode, with the next step
+        self.recorded = Recorded(self.generator, args.compile)  # calls a function; with --compile, as one CUDA graph
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device)
@@ -315,163 +307,180 @@ class Agent:
         return torch.randperm(self.size.num_q, generator=self.generator, device=self.device)[:2]
 
     def two_values(self, qs: nn.ModuleList, z: Tensor, action: Tensor) -> Tensor:
-        """Values (2, ..., 1) by two of the Qs."""
+        """Latent states (..., L), actions (..., A) -> (2, ..., 1): their values by two Qs, drawn once for all."""
         x, pair = torch.cat([z, action], dim=-1), self.pair()
-        if self.device.type == "cpu":  # where the others need not be evaluated
+        if self.device.type == "cpu":  # a GPU evaluates all: it would have to wait until the pair is known here
             return torch.stack([from_bins(qs[index](x)) for index in pair.tolist()])
         return from_bins(torch.stack([q(x) for q in qs])[pair])
 
     def update_networks(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One update of all networks on slices."""
+        """One update of all networks, on slices as `Buffer.sample` gives them; returns the losses."""
         args, model, horizon = self.args, self.model, self.args.horizon
         obs, action, reward, terminated = (batch[name] for name in ("obs", "action", "reward", "terminated"))
-        rho = args.rho ** torch.arange(horizon + 1.0, device=self.device)
+        rho = args.rho ** torch.arange(horizon + 1, device=self.device)  # (H + 1,)
         with torch.no_grad():
             next_z = model.encoder(obs[1:])  # (H, B, L)
-            next_action, _, _ = model.act(next_z, self.normal(*action.shape))
+            next_action, _, _ = model.pi(next_z, self.normal(*action.shape))
             next_value = self.two_values(model.target_qs, next_z, next_action).amin(0)
             target = reward + self.gamma * (1 - terminated) * next_value  # (H, B, 1)
 
-        model.qs.train()
-        states = [model.encoder(obs[0])]
+        z = [model.encoder(obs[0])]
         for step in range(horizon):
-            states.append(model.dynamics(torch.cat([states[-1], action[step]], dim=-1)))
-        z = torch.stack(states)  # (H + 1, B, L)
+            z.append(model.dynamics(torch.cat([z[-1], action[step]], dim=-1)))
+        z = torch.stack(z)  # (H + 1, B, L)
         x = torch.cat([z[:-1], action], dim=-1)
+        model.qs.train()
+        labels = {"reward": two_hot(reward), "value": two_hot(target)}  # (H, B, BINS)
 
-        def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-            return -(wanted * logits.log_softmax(-1)).sum(-1).mean(1) @ rho[:-1] / horizon
+        def over_time(errors: Tensor) -> Tensor:  # (H, B, 1) or (H, B, L)
+            return (rho[:-1] * errors.mean((1, 2))).mean()  # as the authors: the weights do not add up to 1
 
-        wanted_reward, wanted_value = two_hot(reward), two_hot(target)
+        def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+            return over_time(-(label * logits.log_softmax(-1)).sum(-1, keepdim=True))
+
         losses = {
-            "consistency": ((z[1:] - next_z) ** 2).mean((1, 2)) @ rho[:-1] / horizon,
-            "reward": cross_entropy(model.reward(x), wanted_reward),
-            "value": sum(cross_entropy(q(x), wanted_value) for q in model.qs) / len(model.qs),
+            "consistency": over_time((z[1:] - next_z) ** 2),
+            "reward": cross_entropy(model.reward(x), labels["reward"]),
+            "value": sum(cross_entropy(q(x), labels["value"]) for q in model.qs) / len(model.qs),
         }
         loss = 20 * losses["consistency"] + 0.1 * losses["reward"] + 0.1 * losses["value"]
-        if model.termination:
+        if args.episodic:
             losses["termination"] = F.binary_cross_entropy_with_logits(model.termination(z[1:]), terminated)
             loss = loss + losses["termination"]
-        step_down(self.model_optimizer, loss)
+        gradient_step(self.model_optimizer, loss)
 
-        # The policy sees the states from before the step, and the Qs from after it.
+        # The policy sees the states from before the step, and the Qs from after it, with dropout. Its gradient passes
+        # through the Qs, but is not theirs.
         z, noise = z.detach(), self.normal(horizon + 1, *action.shape[1:])
-        drawn, _, log_std = model.act(z, noise)
+        drawn, _, log_std = model.pi(z, noise)
         model.qs.requires_grad_(False)
         value = self.two_values(model.qs, z, drawn).mean(0)  # (H + 1, B, 1)
         model.qs.requires_grad_(True).eval()
-        spread = torch.quantile(value[0].detach(), torch.tensor([0.05, 0.95], device=self.device)).diff().clamp_min(1)
-        self.q_scale.lerp_(spread[0], 0.01)
-        # Of the normal distribution before the tanh, times the number of dimensions, as the code has it.
+        low, high = torch.quantile(value[0].detach(), self.percentiles)
+        self.q_range.lerp_((high - low).clamp_min(1), args.tau)
+        # Entropy: minus the log probability before the tanh, as the code has it, and times the number of dimensions.
         entropy = (0.5 * noise**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1, keepdim=True) * self.action_size
-        policy_loss = -(args.entropy_coef * entropy + value / self.q_scale).mean((1, 2)) @ rho / (horizon + 1)
-        step_down(self.policy_optimizer, policy_loss)
+        objective = value / self.q_range + args.entropy_coef * entropy
+        policy_loss = -(rho * objective.mean((1, 2))).mean()
+        gradient_step(self.policy_optimizer, policy_loss)
 
         with torch.no_grad():
-            pairs = zip(model.target_qs.parameters(), model.qs.parameters(), strict=True)
-            for old, new in pairs:
+            for old, new in zip(model.target_qs.parameters(), model.qs.parameters(), strict=True):
                 old.lerp_(new, args.tau)
-        losses |= {"policy": policy_loss, "q_scale": self.q_scale.clone(), "entropy": entropy.mean()}
-        return {name: value.detach() for name, value in losses.items()}
+        losses |= {"policy": policy_loss, "q_range": self.q_range.clone(), "scaled_entropy": entropy.mean()}
+        return {name: part.detach() for name, part in losses.items()}
 
     def value_of(self, z: Tensor, actions: Tensor) -> Tensor:
-        """Of sequences (H, N, A) from latent states (N, L): discounted rewards, and the value of the last state, (N,).
-        What comes after a termination does not count."""
+        """What the model expects of actions (H, N, A) from latent states (N, L): the discounted rewards plus the value
+        of the last state, (N,). What comes after a termination does not count."""
         total, discount, alive = 0.0, 1.0, 1.0
         for action in actions:
             x = torch.cat([z, action], dim=-1)
             total = total + discount * alive * from_bins(self.model.reward(x))
-            z, discount = self.model.dynamics(x), discount * self.gamma
-            if self.model.termination:
-                alive = alive * (self.model.termination(z) <= 0)
-        action, _, _ = self.model.act(z, self.normal(len(z), self.action_size))
+            z = self.model.dynamics(x)
+            discount = discount * self.gamma
+            if self.args.episodic:
+                alive = alive * (self.model.termination(z) <= 0)  # a logit: more probable than not
+        action, _, _ = self.model.pi(z, self.normal(len(z), self.action_size))
         total = total + discount * alive * self.two_values(self.model.qs, z, action).mean(0)
         return total.squeeze(-1).nan_to_num(nan=-1e30)
 
     @torch.no_grad()
     def plan(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """MPPI. From an observation, "obs" (obs_size,), and the mean of the plan before, "mean" (H, A), zero where an
-        episode begins, to "action" and the deviation "std" to explore with, (A,), and the new "mean"."""
+        """MPPI: draws sequences of actions, moves mean and deviation to the best of them, and repeats.
+
+        Args:
+            inputs: "obs" (obs_size,); "mean" (H, A), of the plan before, zero where an episode begins.
+
+        Returns:
+            "action" (A,), the deviation "std" (A,) to explore with, and "mean" (H, A) for the next step.
+        """
         args, size, horizon = self.args, self.size, self.args.horizon
-        z = self.model.encoder(inputs["obs"][None])
-        proposals, state = [], z.expand(size.proposals, -1)
-        for _ in range(horizon):
-            proposals.append(self.model.act(state, self.normal(size.proposals, self.action_size))[0])
-            if len(proposals) < horizon:
-                state = self.model.dynamics(torch.cat([state, proposals[-1]], dim=-1))
-        proposals = torch.stack(proposals)  # (H, proposals, A), the same in all iterations
-        mean = torch.cat([inputs["mean"][1:], torch.zeros_like(inputs["mean"][:1])])
+        z = self.model.encoder(inputs["obs"][None])  # (1, L)
+        state, proposals = z.expand(size.proposals, -1), []
+        for _ in range(horizon):  # the policy's actions, at the states to which the model says that they lead
+            proposals.append(self.model.pi(state, self.normal(size.proposals, self.action_size))[0])
+            state = self.model.dynamics(torch.cat([state, proposals[-1]], dim=-1))  # of the last one not used
+        proposed = torch.stack(proposals)  # (H, P, A), the same in all iterations
+        mean = torch.cat([inputs["mean"][1:], torch.zeros_like(inputs["mean"][:1])])  # the plan before, one step on
         std = torch.full_like(mean, args.max_std)
-        for _ in range(size.iterations + 2 * (self.action_size >= 20)):
+        for _ in range(size.iterations + (2 if self.action_size >= 20 else 0)):  # as the authors
             noise = self.normal(horizon, size.samples - size.proposals, self.action_size)
-            actions = torch.cat([proposals, (mean[:, None] + std[:, None] * noise).clamp_(-1, 1)], dim=1)
+            sampled = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)
+            actions = torch.cat([proposed, sampled], dim=1)  # (H, N, A)
             value, best = self.value_of(z.expand(size.samples, -1), actions).topk(size.elites)
-            score, elites = (args.temperature * (value - value[0])).softmax(0), actions[:, best]  # (N,), (H, N, A)
+            elites, score = actions[:, best], (args.temperature * value).softmax(0)  # (H, K, A), (K,)
             mean = (score[:, None] * elites).sum(1)
-            variance = (score[:, None] * (elites - mean[:, None]) ** 2).sum(1)
-            std = variance.sqrt().clamp(args.min_std, args.max_std)
-        # Not the mean: one of the elites, drawn by score, in evaluations as well.
-        return {"action": elites[0, self.draw(score)], "std": std[0], "mean": mean}
+            std = (score[:, None] * (elites - mean[:, None]) ** 2).sum(1).sqrt().clamp(args.min_std, args.max_std)
+        # Not the mean: the first action of one of the elites, in evaluations as well.
+        return {"action": elites[0].index_select(0, self.draw(score))[0], "std": std[0], "mean": mean}
 
-    def draw(self, weights: Tensor) -> Tensor:
-        """An index, with probabilities (N,)."""
-        return (weights / torch.empty_like(weights).exponential_(generator=self.generator)).argmax()
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """An index (1,) with probabilities (K,): of exponential waiting times with these rates the shortest."""
+        times = -torch.rand(probabilities.shape, generator=self.generator, device=self.device).log() / probabilities
+        return times.argmin(0, keepdim=True)
 
-    def tensor(self, obs: Any) -> Tensor:
+    def flat(self, obs: Any) -> Tensor:
         """An observation of the environment as (obs_size,)."""
         flat = gym.spaces.flatten(self.observation_space, obs)
         return torch.as_tensor(flat, dtype=torch.float32, device=self.device)
 
     def to_env(self, action: Tensor) -> np.ndarray:
         """An action (A,) in [-1, 1] as the environment wants it."""
-        space, share = self.action_space, (action.cpu().numpy().reshape(self.action_space.shape) + 1) / 2
+        space = self.action_space
+        share = (action.cpu().numpy().reshape(space.shape) + 1) / 2
         return ((1 - share) * space.low + share * space.high).astype(space.dtype)
+
+    def from_env(self, action: np.ndarray) -> Tensor:
+        """An action of the environment as (A,), in [-1, 1]."""
+        space = self.action_space
+        share = (np.reshape(action, space.shape) - space.low) / (space.high - space.low)
+        return torch.as_tensor(2 * share.flatten() - 1, dtype=torch.float32, device=self.device)
 
     def choose(self, obs: Any, mean: Tensor, explore: bool) -> tuple[np.ndarray, Tensor]:
         """An action of the planner, or of the policy alone, and the mean of the plan."""
         if self.args.plan:
-            found = self.recorded(self.plan, {"obs": self.tensor(obs), "mean": mean})
+            found = self.recorded(self.plan, {"obs": self.flat(obs), "mean": mean})
             action, mean = found["action"], found["mean"]
             if explore:
                 action = action + found["std"] * self.normal(self.action_size)
             return self.to_env(action.clamp(-1, 1)), mean
         with torch.no_grad():
-            drawn, greedy, _ = self.model.act(self.model.encoder(self.tensor(obs)), self.normal(self.action_size))
-        return self.to_env(drawn if explore else greedy), mean
+            drawn, mean_action, _ = self.model.pi(self.model.encoder(self.flat(obs)), self.normal(self.action_size))
+        return self.to_env(drawn if explore else mean_action), mean
 
     def act(self, obs: Any) -> np.ndarray:
         """An action that explores; before `learning_starts` steps, a uniformly random one."""
         if self.steps < self.args.learning_starts:
             return self.to_env(torch.rand(self.action_size, generator=self.generator, device=self.device) * 2 - 1)
-        action, self.mean = self.choose(obs, self.mean, explore=True)
+        action, self.plan_mean = self.choose(obs, self.plan_mean, explore=True)
         return action
 
     def observe(self, obs, action, reward: float, next_obs, terminated: bool, truncated: bool = False) -> None:
-        """Stores one real step."""
-        space = self.action_space
+        """Stores one step."""
         if self.begins:
-            self.data.add(self.tensor(obs), torch.zeros(self.action_size, device=self.device), 0.0, False, first=True)
-        action = torch.as_tensor(2 * (action - space.low) / (space.high - space.low) - 1, dtype=torch.float32)
-        self.data.add(self.tensor(next_obs), action.reshape(-1).to(self.device), reward, terminated, first=False)
+            self.data.add(self.flat(obs), torch.zeros(self.action_size, device=self.device), 0.0, False, first=True)
+        self.data.add(self.flat(next_obs), self.from_env(action), reward, terminated, first=False)
         self.steps, self.begins = self.steps + 1, terminated or truncated
         if self.begins:
-            self.mean = torch.zeros_like(self.mean)
+            self.plan_mean = torch.zeros_like(self.plan_mean)
 
     def update(self, say: Callable[[str], Any] = str) -> None:
-        """The updates after a step; `say` is told what goes on."""
+        """The updates after a step: none before `learning_starts`, then at once as many as there would have been.
+        `say` is told what goes on."""
         if self.steps < self.args.learning_starts or not self.data.num_ends:
             return
         say("" if self.updates else "learning from the random steps")
-        wanted = int(self.args.updates_per_step * self.steps)
-        for _ in range(self.updates, wanted):
+        due = int(self.args.updates_per_step * self.steps)
+        for _ in range(self.updates, due):
             self.losses = self.recorded(self.update_networks, self.data.sample(self.size.batch, self.generator))
-        self.updates = wanted
+        self.updates = due
         say("")
 
     def greedy_policy(self, seed: int) -> Callable[..., np.ndarray]:
-        """A policy (observation, info -> action) for one episode, which does not touch the agent: without the noise
-        that explores."""
-        agent, mean = copy.copy(self), torch.zeros_like(self.mean)
+        """A policy (observation, info -> action) for one episode, without the noise that explores. Its random numbers
+        and its plan are its own: acting does not change how the agent learns."""
+        agent, mean = copy.copy(self), torch.zeros_like(self.plan_mean)
         agent.generator = torch.Generator(self.device).manual_seed(seed)
         agent.recorded = Recorded(agent.generator, self.args.compile)
 
@@ -492,22 +501,22 @@ class Agent:
         parts = ("model", "model_optimizer", "policy_optimizer", "data")
         return {name: getattr(self, name).state_dict() for name in parts} | {
             "generator": {self.device.type: self.generator.get_state()},
-            "plain": (self.q_scale.clone(), self.mean, self.gamma, self.steps, self.updates, self.begins),
+            "tensors": (self.q_range.clone(), self.plan_mean),
+            "plain": (self.gamma, self.steps, self.updates, self.begins),  # gamma: of an episode's length
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` gave into a newly made agent."""
         for name in ("model", "model_optimizer", "policy_optimizer", "data"):
             getattr(self, name).load_state_dict(state[name])
-        q_scale, mean, self.gamma, self.steps, self.updates, self.begins = state["plain"]
-        self.q_scale.copy_(q_scale)
-        self.mean = mean.to(self.device)
+        self.q_range, self.plan_mean = (part.to(self.device, copy=True) for part in state["tensors"])
+        self.gamma, self.steps, self.updates, self.begins = state["plain"]
         if self.device.type in state["generator"]:  # on another kind of device, random numbers start afresh
             self.generator.set_state(state["generator"][self.device.type])
 
 
-def step_down(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """A step against the gradient, whose norm is cut off at 20."""
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """A step of the optimizer, with the gradient clipped to a norm of 20."""
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 20)
@@ -738,8 +747,31 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script's own: devices and spaces.
+# The script's own: a fast activation, devices, CUDA graphs, spaces.
 # ---------------------------------------------------------------------------------------------------------------------
+class Mish(torch.autograd.Function):
+    """x * tanh(softplus(x)) with a single exponential: tanh(log(1 + e)) = n / (n + 2), where n = e * (e + 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        e = x.clamp(max=20).exp_()  # where x is larger, tanh is 1 in single precision
+        n = torch.addcmul(e, e, e).add_(e)
+        tanh = n / (n + 2)
+        ctx.save_for_backward(x, e, n, tanh)
+        return x * tanh
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, e, n, tanh = ctx.saved_tensors
+        slope = torch.addcmul(e, e, e).mul_(4).div_((n + 2).square_())  # of tanh: 4 e (e + 1) / (n + 2)^2
+        return slope.mul_(x).add_(tanh).mul_(gradient)
+
+
+def mish(x: Tensor) -> Tensor:
+    """PyTorch's F.mish, but on a CPU three times as fast where there is much to do."""
+    return Mish.apply(x) if x.device.type == "cpu" and x.numel() > 10_000 else F.mish(x)
+
+
 def find_device(args: Args) -> torch.device:
     """The device that `args` name; `auto`: a GPU where there is one."""
     torch.set_num_threads(args.threads)
@@ -751,9 +783,9 @@ def find_device(args: Args) -> torch.device:
 
 
 class Recorded:
-    """Calls a function of named tensors, on a GPU and where it is `wanted` as one CUDA graph: launched one by one, its
-    many small operations would keep the GPU waiting. What else it reads or changes must be tensors that stay where they
-    are, and its random numbers the generator's."""
+    """Calls a function of named tensors; where that is `wanted`, and on a GPU, as one CUDA graph: launched one by one,
+    its many small operations would keep the GPU waiting. All else that it reads or changes must be tensors that stay
+    where they are, and its random numbers the generator's."""
 
     def __init__(self, generator: torch.Generator, wanted: bool):
         self.generator, self.wanted, self.calls, self.graphs = generator, wanted, {}, {}
@@ -766,7 +798,7 @@ class Recorded:
             return function(inputs)
         key = function.__name__, *(part.shape for part in inputs.values())
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # first without: this makes all that is made once, as the state of the optimizers
+        if self.calls[key] <= 3:  # three plain calls first make what is made once, as the state of the optimizers
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -1,7 +1,7 @@
 """How fast td_mpc2.py is beside the authors' agent: updates and plans, with 1 and with 5 million parameters.
 
 Their agent is given a CPU: devices are renamed while it is loaded, what copies it to a GPU is left out, and its
-optimizers are those of a CPU. Settings are theirs, for 24 observations and 6 actions. Everything runs in this process on
+optimizers are a CPU's. Settings are theirs, for 24 observations and 6 actions. Everything runs in this process on
 one thread; both take turns for several rounds, and medians of rates per second of processor time are compared.
 """
 
