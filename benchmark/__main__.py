@@ -8,6 +8,7 @@
     python -m benchmark speed SCRIPT    how fast dyna_q, cem_mpc, mbpo, muzero, dreamer or td_mpc2 is
     python -m benchmark games RUN       all games of tic-tac-toe against the agent of a run of muzero.py
     python -m benchmark play RUN        play against it yourself
+    python -m benchmark foresight RUN   what an agent of td_mpc2.py foresaw along an episode, and what came: an SVG
 
 SUITE can be `every`: `all every` makes all from nothing, which takes days; `plot every` draws what has its CSV file.
 From the root of the repository. An interrupted run continues where it stopped when the command is given again.
@@ -157,6 +158,22 @@ def play(run: tyro.conf.Positional[str]) -> None:
         fail(str(error), 2)
 
 
+def foresight(run: tyro.conf.Positional[str], out: Path = RESULTS / "foresight.svg") -> None:
+    """Draw rewards and values along an episode, as they were foreseen and as they came.
+
+    Args:
+        run: Run folder of td_mpc2.py.
+        out: The picture.
+    """
+    from . import foresight as picture
+
+    need_matplotlib()
+    try:
+        picture.draw(run, out)
+    except (OSError, picture.td_mpc2.Failure) as error:
+        fail(str(error), 2)
+
+
 def stop(number: int, _: Any) -> None:
     """Leaves as after Ctrl-C, so that the running scripts are told to stop."""
     sys.exit(128 + number)
@@ -173,6 +190,7 @@ if __name__ == "__main__":
         "speed": speed,
         "games": games,
         "play": play,
+        "foresight": foresight,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m benchmark", description=__doc__)
