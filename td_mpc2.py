@@ -86,7 +86,7 @@ class Args:
 
     model_size: Literal["nano", "1", "5", "19", "48"] = "nano"  # millions of parameters; SIZES has what goes along
     learning_starts: int = 400  # random steps, then as many updates at once (TD-MPC2: 5 episodes, at least 1,000)
-    updates_per_step: float = 1.0  # updates of all networks per environment step (TD-MPC2: 1)
+    updates_per_step: float | None = None  # of all networks per environment step; None: nano 2, others 1 (TD-MPC2: 1)
     gamma: float | None = None  # discount factor; None: by the length of an episode, from 0.95 to 0.995 (TD-MPC2)
     episodic: bool = True  # learn terminations, and plan with them (TD-MPC2: off, called experimental)
     rho: float = 0.5  # weight of each further step of a rollout in the losses (TD-MPC2: 0.5)
@@ -119,7 +119,8 @@ class Size:
     encoder_layers: int  # hidden layers of the encoder
     num_q: int  # Q-functions, two of which are drawn where a value is needed
     batch: int = 256  # slices of an update
-    learning_rate: float = 3e-4  # the encoder's is 0.3 times as large
+    lr: float = 3e-4  # step size; the encoder's is 0.3 times as large; the policy's is 3e-4 for all sizes
+    updates: float = 1.0  # of all networks per environment step
     samples: int = 512  # sequences of an iteration of the planner
     elites: int = 64  # best sequences, to which mean and deviation move
     proposals: int = 24  # sequences that the policy proposes
@@ -127,7 +128,7 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(64, 64, 64, 1, 2, batch=64, learning_rate=1e-3, samples=64, elites=8, proposals=12, iterations=2),
+    "nano": Size(64, 64, 64, 1, 2, batch=64, lr=1e-3, updates=2, samples=64, elites=8, proposals=12, iterations=2),
     "1": Size(256, 384, 128, 1, 2),
     "5": Size(256, 512, 512, 1, 5),
     "19": Size(1024, 1024, 768, 2, 5),
@@ -287,11 +288,12 @@ class Agent:
         self.gamma = heuristic if args.gamma is None else args.gamma
         self.model = model = WorldModel(obs_size, self.action_size, self.size, args.episodic, self.generator)
         others = [model.dynamics, model.reward, model.qs, *([model.termination] if args.episodic else [])]
-        groups = [{"params": model.encoder.parameters(), "lr": 0.3 * self.size.learning_rate}]
+        groups = [{"params": model.encoder.parameters(), "lr": 0.3 * self.size.lr}]
         groups += [{"params": nn.ModuleList(others).parameters()}]
-        options = {"lr": self.size.learning_rate, "fused": True, "capturable": self.device.type == "cuda"}
-        self.model_optimizer = torch.optim.Adam(groups, **options)
-        self.policy_optimizer = torch.optim.Adam(model.policy.parameters(), eps=1e-5, **options)
+        options = {"fused": True, "capturable": self.device.type == "cuda"}
+        self.model_optimizer = torch.optim.Adam(groups, lr=self.size.lr, **options)
+        # Larger steps drive its mean actions so far out that their tanh has no slope left.
+        self.policy_optimizer = torch.optim.Adam(model.policy.parameters(), lr=3e-4, eps=1e-5, **options)
         self.q_range, self.percentiles = torch.ones((), device=self.device), torch.tensor([0.05, 0.95]).to(self.device)
         self.data = Buffer(obs_size, self.action_size, args.horizon, self.device)
         self.plan_mean = torch.zeros(args.horizon, self.action_size, device=self.device)  # of the episode's last plan
@@ -471,7 +473,8 @@ class Agent:
         if self.steps < self.args.learning_starts or not self.data.num_ends:
             return
         say("" if self.updates else "learning from the random steps")
-        due = int(self.args.updates_per_step * self.steps)
+        wanted = self.args.updates_per_step
+        due = int((self.size.updates if wanted is None else wanted) * self.steps)
         for _ in range(self.updates, due):
             self.losses = self.recorded(self.update_networks, self.data.sample(self.size.batch, self.generator))
         self.updates = due

@@ -20,7 +20,7 @@ import td_mpc2
 from td_mpc2 import Agent, Args, Buffer, NormedLinear, Size, from_bins, mish, simnorm, symexp, symlog, two_hot
 
 GOLDEN = os.environ.get("TDMPC2_GOLDEN") or Path(__file__).parent / "golden" / "td_mpc2_golden.npz"
-GOLDEN_SIZE = Size(12, 20, 16, 1, 5, batch=4, learning_rate=3e-4, samples=32, elites=8, proposals=6, iterations=2)
+GOLDEN_SIZE = Size(12, 20, 16, 1, 5, batch=4, lr=3e-4, samples=32, elites=8, proposals=6, iterations=2)
 QS = 5
 
 
@@ -199,8 +199,8 @@ def test_models_have_as_many_parameters_as_the_authors(name, count, monkeypatch)
     without_targets = [p for name, p in model.named_parameters() if not name.startswith("target")]
     assert sum(p.numel() for p in without_targets) == count
     size = td_mpc2.SIZES[name]
-    theirs = (size.batch, size.learning_rate, size.samples, size.elites, size.proposals, size.iterations)
-    assert theirs == (256, 3e-4, 512, 64, 24, 6)
+    theirs = (size.batch, size.lr, size.updates, size.samples, size.elites, size.proposals, size.iterations)
+    assert theirs == (256, 3e-4, 1, 512, 64, 24, 6)
 
 
 def test_initial_weights_are_those_of_the_authors():
@@ -259,7 +259,8 @@ def test_step_sizes_are_those_of_the_authors():
     agent = new_agent(model_size="5")
     assert [group["lr"] for group in agent.model_optimizer.param_groups] == pytest.approx([9e-5, 3e-4])
     assert {group["eps"] for group in agent.model_optimizer.param_groups} == {1e-8}
-    assert [(group["lr"], group["eps"]) for group in agent.policy_optimizer.param_groups] == [(3e-4, 1e-5)]
+    for policy in (agent.policy_optimizer, new_agent(model_size="nano").policy_optimizer):
+        assert [(group["lr"], group["eps"]) for group in policy.param_groups] == [(3e-4, 1e-5)]
     (encoder, rest), policy = agent.model_optimizer.param_groups, agent.policy_optimizer.param_groups[0]
     learned = [id(p) for group in (encoder, rest, policy) for p in group["params"]]
     targets = {id(p) for p in agent.model.target_qs.parameters()}
@@ -517,7 +518,8 @@ def test_an_episode_begins_with_an_observation_that_no_action_led_to():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "wanted"), [(1.0, [0, 0, 0, 4, 5, 6]), (0.5, [0, 0, 0, 2, 2, 3]), (2.0, [0] * 3 + [8, 10, 12])]
+    ("ratio", "wanted"),
+    [(1.0, [0, 0, 0, 4, 5, 6]), (None, [0, 0, 0, 8, 10, 12]), (0.5, [0, 0, 0, 2, 2, 3]), (2.0, [0] * 3 + [8, 10, 12])],
 )
 def test_random_steps_are_learned_from_at_once_and_every_step_after_them(ratio, wanted, monkeypatch):
     agent, made, said = new_agent(updates_per_step=ratio, learning_starts=4), [], []
