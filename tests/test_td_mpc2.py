@@ -214,7 +214,7 @@ def test_initial_weights_are_those_of_the_authors():
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
     assert not torch.equal(model.qs[0][0].weight, model.qs[1][0].weight)
-    x = torch.randn(9, 129)
+    x = torch.randn(9, 129, generator=generator())
     assert from_bins(model.reward(x)).abs().max() < 1e-6
     assert from_bins(model.qs[1](x)).abs().max() < 1e-6
 
@@ -319,10 +319,10 @@ def test_two_different_qs_are_drawn_once_for_a_batch_and_each_as_often(monkeypat
     assert (counts.diagonal() == 0).all()
     assert counts.sum(1).min() > 80
     assert counts.sum(0).min() > 80
-    called, z = [], torch.randn(7, 64)
+    called, z = [], torch.randn(7, 64, generator=generator())
     for index, q in enumerate(agent.model.qs):
         q.register_forward_hook(lambda *_, index=index: called.append(index))
-        nn.init.normal_(q[-1].weight, generator=generator(index))
+        nn.init.normal_(q[-1].weight, std=0.1, generator=generator(index))
     monkeypatch.setattr(agent, "pair", lambda: torch.tensor([3, 1]))
     values = agent.two_values(agent.model.qs, z, torch.zeros(7, 1))
     assert called == [3, 1]
@@ -364,6 +364,48 @@ def test_many_actions_are_searched_longer(action_size, iterations, monkeypatch):
     assert len(called) == iterations
 
 
+@pytest.mark.parametrize(("at", "wanted"), [(0, 1.0), (1, 1.5), (2, 1.75), (None, 1.75 + 0.125 * 100)])
+@pytest.mark.parametrize("logit", [0.1, 5.0])
+def test_nothing_counts_after_a_termination_but_the_reward_of_its_step_does(at, wanted, logit, monkeypatch):
+    agent, steps = new_agent(gamma=0.5, horizon=3), iter(range(3))
+
+    def termination(z: Tensor) -> Tensor:
+        return torch.full((len(z), 1), logit if next(steps) == at else -0.1)
+
+    monkeypatch.setattr(agent.model.termination, "forward", termination)
+    monkeypatch.setattr(td_mpc2, "from_bins", lambda logits: torch.ones(2, 1))
+    monkeypatch.setattr(agent, "two_values", lambda *_: torch.full((2, 2, 1), 100.0))
+    assert_close(agent.value_of(torch.zeros(2, 64), torch.zeros(3, 2, 1)), torch.full((2,), wanted))
+
+
+@pytest.mark.parametrize("bounds", [(0.05, 0.3), (0.4, 2.0)])
+def test_the_deviation_of_a_plan_stays_between_its_bounds(bounds, monkeypatch):
+    """The elites are proposals of 1 and -1, which differ by more than the upper bound; or of 1 alone, by nothing."""
+    agent = new_agent(min_std=bounds[0], max_std=bounds[1])
+    other = -1.0 if bounds[0] < 0.1 else 1.0
+    drawn = torch.cat([torch.ones(6, 1), torch.full((6, 1), other)])
+    monkeypatch.setattr(agent.model, "pi", lambda z, noise: (drawn, drawn, drawn))
+    monkeypatch.setattr(agent, "value_of", lambda z, actions: 1e3 * actions[0, :, 0].abs().eq(1) - torch.arange(64.0))
+    std = agent.plan({"obs": torch.zeros(3), "mean": agent.plan_mean})["std"]
+    assert std.item() == pytest.approx(bounds[1] if other < 0 else bounds[0])
+
+
+def test_an_evaluation_has_a_plan_of_its_own_which_goes_on_from_step_to_step(monkeypatch):
+    agent, means = new_agent(horizon=1), []
+    agent.plan_mean += 5
+
+    def plan(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        means.append(inputs["mean"][0].item())
+        return {"action": torch.zeros(1), "std": torch.zeros(1), "mean": inputs["mean"] + 1}
+
+    monkeypatch.setattr(agent, "plan", plan)
+    policy = agent.greedy_policy(0)
+    for _ in range(3):
+        policy(np.zeros(3))
+    assert means == [0, 1, 2]
+    assert (agent.plan_mean == 5).all()
+
+
 def test_a_value_that_is_not_a_number_is_the_worst(monkeypatch):
     agent = new_agent()
     monkeypatch.setattr(td_mpc2, "from_bins", lambda logits: torch.tensor([[-9.0], [math.nan]]))
@@ -373,7 +415,10 @@ def test_a_value_that_is_not_a_number_is_the_worst(monkeypatch):
 
 def test_elites_are_drawn_by_their_score():
     agent, score = new_agent(), torch.tensor([0.6, 0.3, 0.1])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     counts = torch.bincount(torch.cat([agent.draw(score) for _ in range(2_000)]), minlength=3) / 2_000
+    assert torch.equal(torch.get_rng_state(), before)  # random numbers are the agent's own
     assert_close(counts, score, rtol=0, atol=0.05)
 
 
@@ -485,9 +530,23 @@ def test_a_restored_buffer_has_room_for_longer_episodes():
 
 
 # --- agent ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("gamma", [None, 0.7])
-def test_the_discount_is_given_or_follows_from_the_length_of_an_episode(gamma):
-    assert Agent(box(3), box(1), Args(gamma=gamma), 200).gamma == (gamma or 0.975)
+@pytest.mark.parametrize(("gamma", "wanted"), [(None, 0.975), (0.7, 0.7), (0.0, 0.0)])
+def test_the_discount_is_given_or_follows_from_the_length_of_an_episode(gamma, wanted, tmp_path):
+    agent = Agent(box(3), box(1), Args(gamma=gamma), 200)
+    agent.q_range.fill_(7.0)
+    agent.plan_mean += 3
+    restored = Agent(box(3), box(1), Args(gamma=gamma))  # which does not know the length
+    restored.load_state_dict(agent.state_dict())
+    assert agent.gamma == restored.gamma == wanted
+    assert restored.q_range == 7
+    assert (restored.plan_mean == 3).all()
+
+
+def test_a_run_tells_the_agent_how_long_an_episode_of_its_environment_is(tmp_path):
+    args = tiny_args(td_mpc2, run_dir=str(tmp_path), total_timesteps=5, eval_episodes=1)
+    td_mpc2.train(dataclasses.replace(args, env_kwargs={"max_episode_steps": 150}))
+    (folder,) = tmp_path.iterdir()
+    assert td_mpc2.load(folder).gamma == pytest.approx(1 - 5 / 150)
 
 
 def test_any_bounds_of_actions_and_several_kinds_of_observations():
@@ -519,7 +578,13 @@ def test_an_episode_begins_with_an_observation_that_no_action_led_to():
 
 @pytest.mark.parametrize(
     ("ratio", "wanted"),
-    [(1.0, [0, 0, 0, 4, 5, 6]), (None, [0, 0, 0, 8, 10, 12]), (0.5, [0, 0, 0, 2, 2, 3]), (2.0, [0] * 3 + [8, 10, 12])],
+    [
+        (1.0, [0, 0, 0, 4, 5, 6]),
+        (None, [0, 0, 0, 8, 10, 12]),
+        (0.0, [0] * 6),
+        (0.5, [0, 0, 0, 2, 2, 3]),
+        (2.0, [0] * 3 + [8, 10, 12]),
+    ],
 )
 def test_random_steps_are_learned_from_at_once_and_every_step_after_them(ratio, wanted, monkeypatch):
     agent, made, said = new_agent(updates_per_step=ratio, learning_starts=4), [], []
