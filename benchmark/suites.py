@@ -266,7 +266,7 @@ DECLARED = (
         name="inverted_pendulum",
         title="InvertedPendulum-v5",
         entries=(
-            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 2_000, 3, "--eval-every 2000"),
+            Entry("PETS", "cem_mpc.py", "InvertedPendulum-v5", 3_000, 5, "--eval-every 2000"),
             Entry("MBPO", "mbpo.py", "InvertedPendulum-v5", 3_000, 5),
             Entry(
                 "without model, 10 updates a step",
