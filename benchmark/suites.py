@@ -378,7 +378,7 @@ DECLARED = (
         name="cart_pole",
         title="CartPole-v1",
         entries=(
-            Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 3, "--eval-every 500"),
+            Entry("PETS", "cem_mpc.py", "CartPole-v1", 2_000, 5, "--eval-every 500"),
             MUZERO_CART_POLE,
             DREAMER_CART_POLE,
             Entry("SB3 DQN", SB3, "CartPole-v1", 30_000, 5, "--algorithm dqn", baseline=True),
