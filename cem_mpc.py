@@ -30,14 +30,13 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value,
       pessimistic where it is not sure, is added at its end: `--terminal-value`.
 
-Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on one of 2 cores (of Acrobot-v1 and Reacher-v5
-they are those of an earlier, slower model):
+Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on a core (* of an earlier, slower model):
     environment          steps  returns                                               minutes
-    Pendulum-v1          1,000  -99, -150, -152, -182, -184 (mean: -153)              6, of which 5 evaluate
-    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12
+    Pendulum-v1          1,000  -99, -150, -152, -182, -184 (mean: -153)              2
+    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12 *
     InvertedPendulum-v5  3,000  1000, 1000, 1000, 1000, 1000, the maximum             18 to 23, under load
     CartPole-v1          2,000  500, the maximum (5 of 5 seeds, from 1,000 on)        16 to 26, under load
-    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18
+    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18 *
 """
 
 import copy
