@@ -30,13 +30,13 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value,
       pessimistic where it is not sure, is added at its end: `--terminal-value`.
 
-Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on one of 2 cores (of an earlier, slower model):
+Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on a core (* of an earlier, slower model):
     environment          steps  returns                                               minutes
-    Pendulum-v1          1,000  -99, -147, -153, -154, -185 (mean: -147)              10 to 13; one seed: 34
-    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12
-    InvertedPendulum-v5  2,000  864, 1000, 1000 (1000 is the maximum)                 10 to 11
-    CartPole-v1          2,000  500, the maximum (3 of 3 seeds; 494 to 500 at 1,000)  11 to 14
-    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18
+    Pendulum-v1          1,000  -99, -150, -152, -182, -184 (mean: -153)              2
+    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12 *
+    InvertedPendulum-v5  3,000  1000, 1000, 1000, 1000, 1000, the maximum             18 to 23, under load
+    CartPole-v1          2,000  500, the maximum (5 of 5 seeds, from 1,000 on)        16 to 26, under load
+    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18 *
 """
 
 import copy
@@ -130,7 +130,7 @@ class Args:
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"total_timesteps": 2_000, "terminal_value": True, "horizon": 15},
     "Acrobot-v1": {"total_timesteps": 2_000, "terminal_value": True},
-    "InvertedPendulum-v5": {"total_timesteps": 2_000, "terminal_value": True, "eval_every": 2_000, "planner": "icem"}
+    "InvertedPendulum-v5": {"total_timesteps": 3_000, "terminal_value": True, "eval_every": 3_000, "planner": "icem"}
     | {"noise_beta": 0.5, "horizon": 15, "population": 100, "iterations": 4},
     "Reacher-v5": {"total_timesteps": 1_000, "eval_episodes": 20, "train_every": 250},
 }
