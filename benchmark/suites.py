@@ -251,6 +251,7 @@ DECLARED = (
         title="Pendulum-v1",
         entries=(
             PETS_PENDULUM,
+            Entry("TD-MPC2", "td_mpc2.py", "Pendulum-v1", 3_000, 5, "--eval-every 1000"),
             MBPO_PENDULUM,
             Entry("without model", "mbpo.py", "Pendulum-v1", 8_000, 5, MODEL_OFF, baseline=True),
             Entry("SB3 SAC", SB3, "Pendulum-v1", 8_000, 5, "--algorithm sac", baseline=True),

@@ -28,7 +28,19 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import cem_mpc
 import muzero
-from benchmark import bonus_in_acting, collect, model_error, plot, run, suites, tasks, tic_tac_toe
+import td_mpc2
+from benchmark import (
+    bonus_in_acting,
+    collect,
+    foresight,
+    model_error,
+    plot,
+    run,
+    speed_td_mpc2,
+    suites,
+    tasks,
+    tic_tac_toe,
+)
 
 SMALL = suites.Suite(
     name="small",
@@ -221,6 +233,7 @@ def test_committed_results_are_those_of_the_declared_suites(suite):
         ("mbpo", "double_pendulum", "without model, 1 update a step"),
         ("mbpo", "reacher", "MBPO"),
         ("mbpo", "reacher", "without model, 1 update a step"),
+        ("td_mpc2", "pendulum", "TD-MPC2"),
         ("mbpo", "half_cheetah", "MBPO"),
         ("mbpo", "half_cheetah", "without model, 40 updates a step"),
         ("muzero", "acrobot", "MuZero"),
@@ -242,6 +255,24 @@ def test_what_a_script_says_to_expect_is_what_was_measured(script: str, suite: s
         mean, best, worst = (f"{value:.0f}" for value in (np.mean(final), max(final), min(final)))
         said = f"return {mean} (mean of {len(final)} seeds, {best} to {worst})"
         assert said in (ROOT / "README.md").read_text()
+
+
+def test_the_speed_of_td_mpc2_is_that_of_its_update_and_its_plan():
+    assert [work() for work in speed_td_mpc2.our_work("nano")] == [1, 1]
+
+
+def test_what_td_mpc2_foresaw_is_drawn_beside_what_came(tmp_path):
+    args = tiny_args(td_mpc2, total_timesteps=60, run_dir=str(tmp_path))
+    td_mpc2.train(args)
+    (run_path,) = tmp_path.iterdir()
+    agent, env = td_mpc2.load(run_path), td_mpc2.make_env(args)
+    found = foresight.foreseen(agent, env)
+    length, horizon = len(found["reward"]), args.horizon
+    assert [len(found[name]) for name in ("expected", "return", "value")] == [length - horizon + 1, length, length]
+    # The last return is the last reward and the value of the last state; the one before, a reward and the last return.
+    np.testing.assert_allclose(found["return"][-2], found["reward"][-2] + agent.gamma * found["return"][-1], rtol=1e-5)
+    foresight.draw(run_path, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_interquartile_mean():
