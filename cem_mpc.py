@@ -30,13 +30,13 @@ What differs from the authors' code, kchua/handful-of-trials, but for settings, 
     - Where a plan is too short to see what matters (CartPole-v1, InvertedPendulum-v5, Acrobot-v1), a learned value,
       pessimistic where it is not sure, is added at its end: `--terminal-value`.
 
-Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on a core (* of an earlier, slower model):
+Expect, of each seed over 5 episodes (Reacher-v5: 20), with minutes on a core (where they are a range, under load):
     environment          steps  returns                                               minutes
     Pendulum-v1          1,000  -99, -150, -152, -182, -184 (mean: -153)              2
-    Reacher-v5           1,000  -6.6, -7.2, -8.9 (mean: -7.6)                         9 to 12 *
-    InvertedPendulum-v5  3,000  1000, 1000, 1000, 1000, 1000, the maximum             18 to 23, under load
-    CartPole-v1          2,000  500, the maximum (5 of 5 seeds, from 1,000 on)        16 to 26, under load
-    Acrobot-v1           2,000  -70, -75, -81 (mean: -75; -65 to -92 at 1,000)        16 to 18 *
+    Reacher-v5           1,000  -5.6, -6.9, -8.2 (mean: -6.9)                         6 to 10
+    InvertedPendulum-v5  3,000  1000, 1000, 1000, 1000, 1000, the maximum             18 to 23
+    CartPole-v1          2,000  500, the maximum (5 of 5 seeds, from 1,000 on)        16 to 26
+    Acrobot-v1           2,000  -76, -79, -80, -80, -89 (mean: -81)                   7 to 14
 """
 
 import copy

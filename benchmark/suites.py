@@ -317,6 +317,7 @@ DECLARED = (
         name="half_cheetah",
         title="HalfCheetah-v5",
         entries=(
+            Entry("PETS", "cem_mpc.py", "HalfCheetah-v5", 10_000, 1, "--train-every 250 --eval-every 5000"),
             Entry("MBPO", "mbpo.py", "HalfCheetah-v5", 10_000, 3),
             Entry(
                 "without model, 40 updates a step",
@@ -393,15 +394,7 @@ DECLARED = (
         name="acrobot",
         title="Acrobot-v1",
         entries=(
-            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 3, "--eval-every 500 --eval-episodes 5"),
-            Entry(
-                "PETS without a value",
-                "cem_mpc.py",
-                "Acrobot-v1",
-                2_000,
-                3,
-                "--eval-every 500 --eval-episodes 5 --no-terminal-value",
-            ),
+            Entry("PETS", "cem_mpc.py", "Acrobot-v1", 2_000, 5, "--eval-every 500 --eval-episodes 5"),
             Entry("MuZero", "muzero.py", "Acrobot-v1", 20_000, 5),
             Entry("Dreamer", "dreamer.py", "Acrobot-v1", 20_000, 3, "--eval-every 2000 --eval-episodes 5"),
             Entry("SB3 DQN", SB3, "Acrobot-v1", 20_000, 5, "--algorithm dqn", baseline=True),
@@ -480,9 +473,9 @@ DECLARED = (
         name="planners",
         title="Planners with a learned ensemble (Pendulum-v1)",
         entries=(
-            Entry("CEM", "cem_mpc.py", "Pendulum-v1", 800, 5),
+            replace(PETS_PENDULUM, label="CEM", arguments="--eval-every 250"),
             *(
-                Entry(label, "cem_mpc.py", "Pendulum-v1", 800, 5, arguments)
+                Entry(label, "cem_mpc.py", "Pendulum-v1", 800, 5, f"--eval-episodes 1 {arguments}")
                 for label, arguments in (
                     ("CEM, TS1", "--sampling ts1"),
                     ("iCEM", "--planner icem"),
@@ -491,7 +484,7 @@ DECLARED = (
                 )
             ),
         ),
-        arguments="--eval-episodes 1",
+        arguments="",
         xlim=(200, 800),
         ylim=(-1_300, 0),
         table_at=(200, 400, 600, 800),
@@ -566,14 +559,14 @@ DECLARED = (
         name="claims/exploitation",
         title="By how much a plan returns less than the model says (Pendulum-v1)",
         entries=(
-            Entry("PETS", "cem_mpc.py", "Pendulum-v1", 1_000, 5),
-            Entry("one network", "cem_mpc.py", "Pendulum-v1", 1_000, 5, ONE_NETWORK),
-            Entry("PETS, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5),
-            Entry("one network, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5, ONE_NETWORK),
+            replace(PETS_PENDULUM, arguments="--eval-every 250"),
+            Entry("one network", "cem_mpc.py", "Pendulum-v1", 1_000, 5, f"--eval-episodes 1 {ONE_NETWORK}"),
+            Entry("PETS, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5, "--eval-episodes 1"),
+            Entry("one network, 300 steps", "cem_mpc.py", "Pendulum-v1", 300, 5, f"--eval-episodes 1 {ONE_NETWORK}"),
         ),
-        arguments="--eval-episodes 1",
+        arguments="",
         xlim=(0, 25),
-        ylim=(-5, 70),
+        ylim=(-30, 105),
         table_at=(1, 2, 5, 10, 15, 20, 25),
         **EVALUATIONS
         | {
