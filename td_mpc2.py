@@ -475,13 +475,15 @@ class Agent:
         `say` is told what goes on."""
         if self.steps < self.args.learning_starts or not self.data.num_ends:
             return
-        say("" if self.updates else "learning from the random steps")
         wanted = self.args.updates_per_step
         due = int((self.size.updates if wanted is None else wanted) * self.steps)
+        if not self.updates:
+            say("learning from the random steps")
         for _ in range(self.updates, due):
             self.losses = self.recorded(self.update_networks, self.data.sample(self.size.batch, self.generator))
+        if not self.updates:
+            say("")
         self.updates = due
-        say("")
 
     def greedy_policy(self, seed: int) -> Callable[..., np.ndarray]:
         """A policy (observation, info -> action) for one episode, without the noise that explores. Its random numbers

@@ -266,10 +266,23 @@ def test_what_td_mpc2_foresaw_is_drawn_beside_what_came(tmp_path):
     td_mpc2.train(args)
     (run_path,) = tmp_path.iterdir()
     agent, env = td_mpc2.load(run_path), td_mpc2.make_env(args)
+    torch.nn.init.normal_(agent.model.reward[-1].weight)  # so that the action matters
     found = foresight.foreseen(agent, env)
     length, horizon = len(found["reward"]), args.horizon
     assert [len(found[name]) for name in ("expected", "return", "value")] == [length - horizon + 1, length, length]
-    # The last return is the last reward and the value of the last state; the one before, a reward and the last return.
+    policy, (obs, info), observations, actions = agent.greedy_policy(seed=0), env.reset(seed=0), [], []
+    for _ in range(20):
+        observations.append(agent.flat(obs))
+        action = policy(obs, info)
+        actions.append(agent.from_env(action))
+        obs, *_, info = env.step(action)
+    for start in range(20 - horizon):
+        with torch.no_grad():
+            z = agent.model.encoder(observations[start])
+            for step in range(start, start + horizon):
+                x = torch.cat([z, actions[step]])
+                expected, z = td_mpc2.from_bins(agent.model.reward(x)).item(), agent.model.dynamics(x)
+        np.testing.assert_allclose(found["expected"][start], expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["return"][-2], found["reward"][-2] + agent.gamma * found["return"][-1], rtol=1e-5)
     foresight.draw(run_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
