@@ -276,13 +276,13 @@ def test_what_td_mpc2_foresaw_is_drawn_beside_what_came(tmp_path):
         action = policy(obs, info)
         actions.append(agent.from_env(action))
         obs, *_, info = env.step(action)
-    for start in range(20 - horizon):
+    for begin in range(20 - horizon):
         with torch.no_grad():
-            z = agent.model.encoder(observations[start])
-            for step in range(start, start + horizon):
+            z = agent.model.encoder(observations[begin])
+            for step in range(begin, begin + horizon):
                 x = torch.cat([z, actions[step]])
                 expected, z = td_mpc2.from_bins(agent.model.reward(x)).item(), agent.model.dynamics(x)
-        np.testing.assert_allclose(found["expected"][start], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found["expected"][begin], expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["return"][-2], found["reward"][-2] + agent.gamma * found["return"][-1], rtol=1e-5)
     foresight.draw(run_path, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
